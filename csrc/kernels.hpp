@@ -1,0 +1,60 @@
+// What an instruction-set unit provides. Algorithms are written once over this table; intrinsics appear in units only.
+// Units include no C++ standard headers and keep everything but their table in an anonymous namespace: else the linker
+// may pick an AVX-512 copy of an inline function for a machine that has only the baseline.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace safr {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// How float32 operands are multiplied, as torch.get_float32_matmul_precision() names it.
+enum class Precision : int { highest = 0, high = 1, medium = 2 };
+
+// A matrix as it lies in memory. Element (r, c) is at data + row(r) * row_stride + col(c) * col_stride, counted in
+// elements of dtype, where row(r) = rows ? rows[r] : r and likewise for columns: the index lists leave padding out.
+struct View {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride, col_stride;
+  const int32_t* rows;
+  const int32_t* cols;
+};
+
+inline View transposed(View v) { return {v.data, v.dtype, v.col_stride, v.row_stride, v.cols, v.rows}; }
+
+// One way of multiplying matrices: operands are packed into panels, then register tiles run over the panels.
+struct Product {
+  int mr, nr;       // rows and columns of the register tile
+  int k_unit;       // packed depth is k rounded up to a multiple of this, filled with zeros
+  int left_bytes;   // bytes that one element of a packed left operand takes (splits included)
+  int right_bytes;  // the same on the right
+
+  // Packs a[row0 : row0 + m, k0 : k0 + k] into ceil(m / mr) panels, one behind the other, each
+  // mr * round_up(k, k_unit) * left_bytes long; missing rows are zeros.
+  void (*pack_left)(const View& a, int64_t row0, int64_t m, int64_t k0, int64_t k, void* out);
+  // Packs b[k0 : k0 + k, col0 : col0 + n] into ceil(n / nr) panels likewise.
+  void (*pack_right)(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, void* out);
+  // c (mr × nr, row stride ldc) = left panel · right panel, added to c where accumulate. k is a multiple of k_unit.
+  void (*tile)(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate);
+};
+
+// State that a thread enters before it runs kernels: denormals flushed, tile registers configured.
+struct ThreadState {
+  uint32_t control_word;  // of floating point, as the caller had it
+};
+
+struct Elementwise;  // elementwise.hpp: the passes between products, compiled once per unit
+
+struct Kernels {
+  const char* name;
+  Product float32[3];  // by Precision, for operands of any dtype read as float32
+  Product bfloat16;    // operands rounded to bfloat16; exact for bfloat16 input
+  void (*enter)(ThreadState*);
+  void (*leave)(const ThreadState*);
+  const Elementwise* elementwise;
+};
+
+}  // namespace safr
