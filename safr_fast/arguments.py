@@ -1,0 +1,91 @@
+"""Checks of what users pass: the one place where a wrong argument becomes a sentence."""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
+
+
+def check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor of shape {tuple(shape)}, got {describe(mask)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool (true where a token is real), got {describe(mask)}: pass mask.bool()")
+    if mask.shape != shape:
+        raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"mask must be on {like.device} like its input, got {mask.device}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, mask: Tensor | None, packed: Tensor, packed_dims: str) -> None:
+    """``packed_dims``: the packed input's form as documented, for example ``"(N, E)"``."""
+    if cu_seqlens is None:
+        return
+    if mask is not None:
+        raise ValueError("mask and cu_seqlens exclude each other: packed input has no padding; pass one of them")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be an int32 tensor of shape (S + 1,), got {describe(cu_seqlens)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,), starting at 0, got {tuple(cu_seqlens.shape)}")
+    if packed.dim() != packed_dims.count(",") + 1:
+        raise ValueError(f"with cu_seqlens the input must be packed {packed_dims}, got {tuple(packed.shape)}")
+    if cu_seqlens.device != packed.device:
+        raise ValueError(f"cu_seqlens must be on {packed.device} like its input, got {cu_seqlens.device}")
+
+
+def check_hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    check_floating("h", h)
+    if h.dim() < 2:
+        raise ValueError(f"h must have shape (..., T, E), got {tuple(h.shape)}")
+    check_mask(mask, h.shape[:-1], h)
+    check_cu_seqlens(cu_seqlens, mask, h, "(N, E)")
+
+
+def check_attention(attention: Tensor, mask: Tensor | None) -> None:
+    check_floating("attention", attention)
+    if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
+        raise ValueError(f"attention must have shape (B, H, T, T), got {tuple(attention.shape)}")
+    check_mask(mask, attention.shape[:1] + attention.shape[-1:], attention)
+
+
+def check_query_key(q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    check_floating("q", q)
+    check_floating("k", k)
+    if q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(f"q and k must have one dtype and device, got {describe(q)} and {describe(k)}")
+    check_cu_seqlens(cu_seqlens, mask, q, "(N, H, D)")
+    form = "(B, H, T, D)" if cu_seqlens is None else "(N, H, D)"
+    if q.dim() != form.count(",") + 1 or k.dim() != q.dim():
+        raise ValueError(f"q and k must have shape {form}, got {tuple(q.shape)} and {tuple(k.shape)}")
+    heads, key_heads = q.shape[1], k.shape[1]
+    if q.shape[:1] + q.shape[2:] != k.shape[:1] + k.shape[2:]:
+        raise ValueError(f"q and k may differ in heads alone, got {tuple(q.shape)} and {tuple(k.shape)} for {form}")
+    if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
+        raise ValueError(f"k's heads must divide q's (grouped keys), got {key_heads} for {heads}")
+    if cu_seqlens is None:
+        check_mask(mask, q.shape[:1] + q.shape[2:3], q)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps!r}")

@@ -1,0 +1,175 @@
+"""The drop-in: a task loss plus SAFR's two regularisers."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from safr_fast import functional
+from safr_fast.ops.dispatch import Impl
+
+Pair = tuple[Tensor, Tensor]
+
+
+class LossParts(NamedTuple):
+    """The total and its terms before their weights; None where a term's weight is 0 and it was not computed."""
+
+    total: Tensor
+    task: Tensor
+    importance: Tensor | None
+    interaction: Tensor | None
+
+
+class SAFRLoss(nn.Module):
+    r"""``criterion(logits, target) + λ_importance · L_importance + λ_interaction · L_interaction``.
+
+    ==============  ================================================  ==============================================
+    ``variant``     importance                                        interaction
+    ==============  ================================================  ==============================================
+    ``"paper"``     sum over tokens of :math:`\sqrt{P_i / E}`, ε = 0  sum over heads; overlap squared, diagonal kept
+    ``"released"``  mean over real tokens, ε = 1e-5                   mean over heads; overlap itself, diagonal left out
+    ==============  ================================================  ==============================================
+
+    Both are means over samples of :func:`safr_fast.importance_loss` and :func:`safr_fast.interaction_loss`. Several
+    layers count as several heads: ``"paper"`` sums over them, ``"released"`` takes their mean.
+
+    **Which λ corresponds.** With samples of T tokens and layers of H heads, L of them:
+
+    * ``λ_importance("paper") = λ_importance("released") / (T · L)``: exactly, but for ε.
+    * ``λ_interaction("paper") = λ_interaction("released") / (H · L)`` gives both terms the same weight; their forms
+      differ, so their values do too.
+
+    The λ that the SAFR paper reports belong to the released code, whose terms are means. The paper's own formulas sum
+    over samples as well, which with a batch of B is another factor of B.
+
+    Args:
+        lambda_importance: weight of the importance term; at 0 it is not computed.
+        lambda_interaction: weight of the interaction term; at 0 it is not computed.
+        variant: ``"paper"`` or ``"released"``, as above.
+        criterion: the task loss, ``criterion(logits, target)``; cross-entropy if None.
+        is_causal: for ``qk``: the model attends to earlier tokens only.
+        scale: for ``qk``: of the scores; ``1/√D`` if None.
+        impl: back end, see :mod:`safr_fast.functional`.
+
+    Example::
+
+        loss_fn = SAFRLoss(lambda_importance=1.0, lambda_interaction=0.1, variant="released")
+        loss = loss_fn(logits, labels, hidden=gated_embeddings, qk=(q, k), mask=mask)
+        loss.backward()
+
+    Source: SAFR Eq. 4–6 (arXiv 2501.16374) and the authors' code.
+    """
+
+    def __init__(
+        self,
+        lambda_importance: float = 1.0,
+        lambda_interaction: float = 1.0,
+        *,
+        variant: Literal["paper", "released"] = "paper",
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        for name, weight in (("lambda_importance", lambda_importance), ("lambda_interaction", lambda_interaction)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {weight!r}")
+        if variant not in ("paper", "released"):
+            raise ValueError(f'variant must be "paper" or "released", got {variant!r}')
+        self.lambda_importance = lambda_importance
+        self.lambda_interaction = lambda_interaction
+        self.variant = variant
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.is_causal = is_causal
+        self.scale = scale
+        self.impl: Impl = impl
+
+    def extra_repr(self) -> str:
+        return (
+            f"lambda_importance={self.lambda_importance}, lambda_interaction={self.lambda_interaction}, "
+            f"variant={self.variant!r}, is_causal={self.is_causal}, scale={self.scale}, impl={self.impl!r}"
+        )
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        hidden: Tensor | Sequence[Tensor] | None,
+        attention: Tensor | Sequence[Tensor] | None = None,
+        qk: Pair | Sequence[Pair] | None = None,
+        mask: Tensor | None = None,
+        return_parts: bool = False,
+    ) -> Tensor | LossParts:
+        """
+        Args:
+            logits: what ``criterion`` takes first.
+            target: what it takes second.
+            hidden: ``(..., T, E)`` representations for the importance term, weighted by VMASK's gate; or several.
+            attention: ``(B, H, T, T)`` weights for the interaction term; or several. Excludes ``qk``.
+            qk: ``(q, k)``, each ``(B, H, T, D)``, for the same without stored weights; or several pairs.
+            mask: bool ``(B, T)``, true where a token is real.
+            return_parts: give :class:`LossParts` instead of the total.
+
+        Raises:
+            ValueError: a term with a positive weight lacks its input, or has two.
+        """
+        task = self.criterion(logits, target)
+        total = task
+        importance = interaction = None
+        if self.lambda_importance > 0:
+            importance = self._importance(hidden, mask)
+            total = total + self.lambda_importance * importance
+        if self.lambda_interaction > 0:
+            interaction = self._interaction(attention, qk, mask)
+            total = total + self.lambda_interaction * interaction
+        return LossParts(total, task, importance, interaction) if return_parts else total
+
+    def _importance(self, hidden: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Tensor:
+        if hidden is None:
+            raise ValueError("hidden must be given for the importance term; or set lambda_importance=0")
+        layers = [hidden] if isinstance(hidden, Tensor) else hidden
+        eps = 1e-5 if self.variant == "released" else 0.0
+        terms = [
+            functional.importance_loss(h, mask, eps=eps, reduction=self._reduction, impl=self.impl) for h in layers
+        ]
+        return self._pool("hidden", terms, [h.shape[:-2].numel() for h in layers])
+
+    def _interaction(
+        self, attention: Tensor | Sequence[Tensor] | None, qk: Pair | Sequence[Pair] | None, mask: Tensor | None
+    ) -> Tensor:
+        released = self.variant == "released"
+        form: dict[str, Any] = {
+            "squared": not released,
+            "exclude_diagonal": released,
+            "reduction": self._reduction,
+            "impl": self.impl,
+        }
+        if attention is not None and qk is None:
+            layers = [attention] if isinstance(attention, Tensor) else attention
+            terms = [functional.interaction_loss(weights, mask, **form) for weights in layers]
+            return self._pool("attention", terms, [weights.shape[0] for weights in layers])
+        if qk is not None and attention is None:
+            pairs = cast(Sequence[Pair], [qk] if len(qk) > 0 and isinstance(qk[0], Tensor) else qk)
+            form |= {"scale": self.scale, "is_causal": self.is_causal}
+            terms = [functional.interaction_loss_from_qk(q, k, mask, **form) for q, k in pairs]
+            return self._pool("qk", terms, [q.shape[0] for q, _ in pairs])
+        given = "neither" if qk is None else "both"
+        raise ValueError(
+            f"the interaction term takes attention or qk, got {given}: pass one; or set lambda_interaction=0"
+        )
+
+    @property
+    def _reduction(self) -> str:
+        return "mean" if self.variant == "released" else "sum"
+
+    def _pool(self, name: str, terms: list[Tensor], samples: list[int]) -> Tensor:
+        """The layers' terms in one: means averaged, sums added up per sample."""
+        if not terms:
+            raise ValueError(f"{name} must hold at least one layer, got an empty sequence")
+        if self.variant == "released":
+            return torch.stack(terms).mean()
+        return torch.stack([term / max(count, 1) for term, count in zip(terms, samples, strict=True)]).sum()

@@ -1,0 +1,83 @@
+"""Which back end serves a call, and why each was or was not chosen."""
+
+import functools
+import importlib
+import types
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from safr_fast.errors import BackendUnavailable
+
+Impl = Literal["auto", "reference", "cpp", "triton"]
+
+# Where each fused back end's four functions live; imported when first needed, so that neither Triton nor the
+# extension is loaded by `import safr_fast`.
+_MODULES = {"cpp": "safr_fast.ops.cpp", "triton": "safr_fast.kernels.launch"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A back end and whether it can serve on this machine; ``detail`` says with what, or why not and what to do."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+def module(impl: str) -> types.ModuleType:
+    return importlib.import_module(_MODULES[impl])
+
+
+def _obstacle(impl: str, device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why a fused back end cannot serve tensors of this kind (or anything at all), with the remedy; None if it can."""
+    try:
+        return module(impl).unavailable_reason(device_type, dtype)
+    except ImportError as error:
+        return f"{_MODULES[impl]} cannot be imported ({error}): install safr-fast with its {impl} back end"
+
+
+def available_backends() -> tuple[Backend, ...]:
+    """The back ends of this installation, in the order of the ``impl`` argument's values."""
+    backends = [Backend("reference", True, "plain PyTorch: any device and floating dtype, twice differentiable")]
+    for impl in _MODULES:
+        obstacle = _obstacle(impl)
+        backends.append(Backend(impl, obstacle is None, obstacle or module(impl).description()))
+    return tuple(backends)
+
+
+@torch.compiler.assume_constant_result
+def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
+    """The back end that serves: ``impl`` itself, or the fastest that can where it is ``"auto"``.
+
+    Raises:
+        ValueError: no such ``impl``.
+        BackendUnavailable: ``impl`` was named and cannot serve tensors of this device and dtype.
+    """
+    return _resolve(impl, device_type, dtype)
+
+
+@functools.cache
+def _resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+    if impl == "reference":
+        return impl
+    if impl != "auto":
+        obstacle = _obstacle(impl, device_type, dtype)
+        if obstacle is not None:
+            raise BackendUnavailable(f'impl="{impl}" cannot serve: {obstacle}')
+        return impl
+    fused = {"cpu": "cpp", "cuda": "triton"}.get(device_type)
+    if fused is None or dtype == torch.float64:
+        return "reference"
+    obstacle = _obstacle(fused, device_type, dtype)
+    if obstacle is None:
+        return fused
+    warnings.warn(
+        f'safr_fast uses impl="reference", which stores T×T tensors, since "{fused}" cannot serve: {obstacle}',
+        stacklevel=2,
+    )
+    return "reference"

@@ -1,0 +1,169 @@
+"""Primitive 2: the attention triple ``Σ_ij A_ij (1 − φ(G_ij))``, ``G = A Aᵀ``, from A or from queries and keys.
+
+Value and gradient are made in one pass: nothing of size T×T outlives a head on the way from queries and keys. The
+gradient is that of the bare sum of each sample and head, and a key's gradient is kept apart for each query head that
+uses it: so both can be scaled by whatever gradient arrives later. The public functions divide by the number of pairs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safr_fast import reference
+from safr_fast.ops import dispatch
+
+_library = torch.library.Library("safr_fast", "FRAGMENT")
+_library.define(
+    "interaction(Tensor attention, Tensor? mask, bool squared, bool exclude_diagonal, bool need_grad, str impl)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    "interaction_from_qk(Tensor q, Tensor k, Tensor? mask, Tensor? cu_seqlens, float scale, bool is_causal,"
+    " bool squared, bool exclude_diagonal, bool need_grad, str impl) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _from_attention(
+    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    return dispatch.module(impl).interaction(attention, mask, squared, exclude_diagonal, need_grad)
+
+
+def _from_qk(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.module(impl).interaction_from_qk(
+        q, k, mask, cu_seqlens, scale, is_causal, squared, exclude_diagonal, need_grad
+    )
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("interaction", _from_attention, _device)
+    _library.impl("interaction_from_qk", _from_qk, _device)
+
+
+@torch.library.register_fake("safr_fast::interaction")
+def _(
+    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    total = attention.new_empty(attention.shape[:2], dtype=torch.float32)
+    return total, attention.new_empty(attention.shape if need_grad else 0)
+
+
+@torch.library.register_fake("safr_fast::interaction_from_qk")
+def _(
+    q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_grad = options[4]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    total = q.new_empty(sequences, q.shape[1], dtype=torch.float32)
+    grad_q = q.new_empty(q.shape if need_grad else 0, dtype=torch.float32)
+    return total, grad_q, torch.empty_like(grad_q)
+
+
+class Interaction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, impl: str
+    ) -> Tensor:
+        total, gradient = torch.ops.safr_fast.interaction(attention, mask, squared, exclude_diagonal, True, impl)
+        ctx.save_for_backward(attention, gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        attention, gradient = ctx.saved_tensors
+        return ScaledGradient.apply(gradient, grad_total[:, :, None, None], attention), None, None, None, None
+
+
+class InteractionFromQK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+    ) -> Tensor:
+        *formula, impl = options
+        total, grad_q, grad_k = torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *formula, True, impl)
+        ctx.save_for_backward(q, k, cu_seqlens, grad_q, grad_k)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, cu_seqlens, grad_q, grad_k = ctx.saved_tensors
+        if cu_seqlens is None:
+            factor = grad_total[:, :, None, None]
+        else:
+            segment = reference.segment_ids(cu_seqlens, q.shape[0])
+            factor = torch.cat([grad_total, torch.zeros_like(grad_total[:1])])[segment].unsqueeze(-1)  # (N, H, 1)
+        scaled_q = ScaledGradient.apply(grad_q, factor, q) if ctx.needs_input_grad[0] else None
+        scaled_k = ScaledGradient.apply(grad_k, factor, k) if ctx.needs_input_grad[1] else None
+        return scaled_q, scaled_k, *(None,) * 7
+
+
+class ScaledGradient(torch.autograd.Function):
+    """``gradient · factor`` summed over the heads that share one of ``x``'s, in the dtype of ``x``.
+
+    A Function of its own, so that a second derivative raises instead of coming out as zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+        scaled = gradient * factor
+        if scaled.shape != x.shape:
+            scaled = scaled.unflatten(1, (x.shape[1], -1)).sum(2)
+        return scaled.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError('the interaction differentiates once; for second derivatives use impl="reference"')
+
+
+def interaction(
+    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, impl: dispatch.Impl
+) -> Tensor:
+    """``(B, H)`` pair sums of a checked ``attention`` ``(B, H, T, T)``."""
+    chosen = dispatch.resolve(impl, attention.device.type, attention.dtype)
+    if chosen == "reference":
+        return reference.interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
+    if torch.is_grad_enabled() and attention.requires_grad:
+        return Interaction.apply(attention, mask, squared, exclude_diagonal, chosen)
+    return torch.ops.safr_fast.interaction(attention, mask, squared, exclude_diagonal, False, chosen)[0]
+
+
+def interaction_from_qk(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    squared: bool,
+    exclude_diagonal: bool,
+    impl: dispatch.Impl,
+) -> Tensor:
+    """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
+    chosen = dispatch.resolve(impl, q.device.type, q.dtype)
+    if chosen == "reference":
+        return reference.interaction_total_from_qk(
+            q,
+            k,
+            mask,
+            cu_seqlens,
+            scale=scale,
+            is_causal=is_causal,
+            squared=squared,
+            exclude_diagonal=exclude_diagonal,
+        )
+    formula = (scale, is_causal, squared, exclude_diagonal)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, chosen)
+    return torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *formula, False, chosen)[0]

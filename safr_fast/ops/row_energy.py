@@ -1,0 +1,121 @@
+"""Primitive 1: energy of each row of the Gram matrix ``h hᵀ`` off its diagonal, and the row's squared norm.
+
+Layers: :func:`row_energy` (called by the public functions) → autograd → ``torch.ops.safr_fast.row_energy`` → back end.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safr_fast import reference
+from safr_fast.ops import dispatch
+
+_library = torch.library.Library("safr_fast", "FRAGMENT")
+_library.define(
+    "row_energy(Tensor h, Tensor? mask, Tensor? cu_seqlens, bool save_moments, str impl) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "row_energy_backward(Tensor h, Tensor? mask, Tensor? cu_seqlens, Tensor energy, Tensor squared_norm,"
+    " Tensor moments, Tensor grad_energy, Tensor grad_squared_norm, str impl) -> Tensor"
+)
+
+
+def moment_slots(shape: torch.Size, packed: bool, threshold: int) -> int:
+    """How many sequences can be long enough for the feature path, as far as shapes alone tell.
+
+    ``shape`` is ``(B, T, E)``, or ``(N, E)`` if packed; the feature path starts at ``threshold`` tokens.
+    """
+    if packed:
+        return shape[0] // threshold
+    return shape[0] if shape[1] >= threshold else 0
+
+
+def _forward(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.module(impl).row_energy(h, mask, cu_seqlens, save_moments)
+
+
+def _backward(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    squared_norm: Tensor,
+    moments: Tensor,
+    grad_energy: Tensor,
+    grad_squared_norm: Tensor,
+    impl: str,
+) -> Tensor:
+    return dispatch.module(impl).row_energy_backward(
+        h, mask, cu_seqlens, energy, squared_norm, moments, grad_energy, grad_squared_norm
+    )
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("row_energy", _forward, _device)
+    _library.impl("row_energy_backward", _backward, _device)
+
+
+@torch.library.register_fake("safr_fast::row_energy")
+def _(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = 0
+    if save_moments:
+        precision = torch.get_float32_matmul_precision()
+        threshold = dispatch.module(impl).moment_threshold(int(h.shape[-1]), h.dtype, precision)
+        slots = moment_slots(h.shape, cu_seqlens is not None, threshold)
+    rows = h.new_empty(h.shape[:-1], dtype=torch.float32)
+    return rows, torch.empty_like(rows), rows.new_empty(slots, h.shape[-1], h.shape[-1])
+
+
+@torch.library.register_fake("safr_fast::row_energy_backward")
+def _(h: Tensor, *_: Any) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+class RowEnergy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        energy, squared_norm, moments = torch.ops.safr_fast.row_energy(h, mask, cu_seqlens, True, impl)
+        ctx.save_for_backward(h, mask, cu_seqlens, energy, squared_norm, moments)
+        ctx.impl = impl
+        return energy, squared_norm
+
+    @staticmethod
+    def backward(ctx: Any, grad_energy: Tensor, grad_squared_norm: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_h = RowEnergyGradient.apply(*ctx.saved_tensors, grad_energy, grad_squared_norm, ctx.impl)
+        return grad_h, None, None, None
+
+
+class RowEnergyGradient(torch.autograd.Function):
+    """A Function of its own, so that a second derivative raises instead of coming out as zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        return torch.ops.safr_fast.row_energy_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError('row_energy differentiates once; for second derivatives use impl="reference"')
+
+
+def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: dispatch.Impl) -> tuple[Tensor, Tensor]:
+    """``(R, n2)`` of checked arguments: ``h`` ``(..., T, E)`` or packed ``(N, E)``; each ``(..., T)``."""
+    chosen = dispatch.resolve(impl, h.device.type, h.dtype)
+    if chosen == "reference":
+        return reference.row_energy(h, mask, cu_seqlens)
+    rows = h.shape[:-1]
+    if cu_seqlens is None:
+        samples = rows[:-1].numel()
+        h = h.reshape(samples, *h.shape[-2:])
+        mask = None if mask is None else mask.reshape(samples, h.shape[1])
+    if torch.is_grad_enabled() and h.requires_grad:
+        energy, squared_norm = RowEnergy.apply(h, mask, cu_seqlens, chosen)
+    else:
+        energy, squared_norm, _ = torch.ops.safr_fast.row_energy(h, mask, cu_seqlens, False, chosen)
+    return energy.view(rows), squared_norm.view(rows)
