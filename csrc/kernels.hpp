@@ -23,7 +23,8 @@ struct View {
   const int32_t* cols;
 };
 
-inline View transposed(View v) { return {v.data, v.dtype, v.col_stride, v.row_stride, v.cols, v.rows}; }
+// Internal linkage, for the reason above: every unit keeps its own copy.
+static inline View transposed(const View& v) { return {v.data, v.dtype, v.col_stride, v.row_stride, v.cols, v.rows}; }
 
 // One way of multiplying matrices: operands are packed into panels, then register tiles run over the panels.
 struct Product {
@@ -33,7 +34,7 @@ struct Product {
   int right_bytes;  // the same on the right
 
   // Packs a[row0 : row0 + m, k0 : k0 + k] into ceil(m / mr) panels, one behind the other, each
-  // mr * round_up(k, k_unit) * left_bytes long; missing rows are zeros.
+  // mr * round_up(k, k_unit) * left_bytes long; missing rows are zeros. out is aligned to 64 bytes.
   void (*pack_left)(const View& a, int64_t row0, int64_t m, int64_t k0, int64_t k, void* out);
   // Packs b[k0 : k0 + k, col0 : col0 + n] into ceil(n / nr) panels likewise.
   void (*pack_right)(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, void* out);
@@ -56,5 +57,8 @@ struct Kernels {
   void (*leave)(const ThreadState*);
   const Elementwise* elementwise;
 };
+
+// One table a unit; which of them are built depends on the architecture and the compiler.
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx, kernels_neon;
 
 }  // namespace safr

@@ -1,0 +1,118 @@
+// Float32 products by multiply-add, and their packing, over a unit's vector layer. The layer, included before, gives
+// kLanes, Vec, zero, load, load_part, broadcast, multiply_add, store, store_part and transpose.
+#pragma once
+
+#include "elements.hpp"
+
+namespace safr {
+namespace {
+
+// `chunk` of the line that starts at `line`, as float32.
+template <typename T>
+inline Vec load_chunk(const T* line, const Direction& d, const Chunk& chunk) {
+  if (chunk.contiguous && chunk.count == kLanes) return load(line + d.offset(chunk.first));
+  if (chunk.count == 0) return zero();
+  if (chunk.contiguous) return load_part(line + d.offset(chunk.first), chunk.count);
+  float gathered[kLanes] = {};
+  for (int i = 0; i < chunk.count; ++i) gathered[i] = to_float(line[d.offset(chunk.first + i)]);
+  return load(gathered);
+}
+
+// A panel is `Width` floats for each step of depth. Where Width is less than a vector, each row's store spills into
+// the next row's place, and is made good by it; the last row of a panel must not spill.
+template <int Width>
+inline void store_row(float* out, Vec row, bool last) {
+  if (Width >= kLanes || !last) return store(out, row);
+  store_part(out, row, Width);
+}
+
+// Elements that lie side by side across the panel are copied row by row.
+template <int Width, typename T>
+inline void copy_panel(const Operand<T>& a, int64_t first, int64_t available, int64_t k0, int64_t k, float* out) {
+  for (int group = 0; group < Width; group += kLanes) {
+    const Chunk chunk(a.across, first + group, available - group, kLanes);
+    for (int64_t p = 0; p < k; ++p)
+      store_row<Width>(out + p * Width + group, load_chunk(a.data + a.depth.offset(k0 + p), a.across, chunk), p + 1 == k);
+  }
+}
+
+// Elements that lie side by side along the depth are transposed in registers.
+template <int Width, typename T>
+inline void transpose_panel(const Operand<T>& a, int64_t first, int64_t available, int64_t k0, int64_t k, float* out) {
+  for (int64_t p = 0; p < k; p += kLanes) {
+    const Chunk chunk(a.depth, k0 + p, k - p, kLanes);
+    for (int group = 0; group < Width; group += kLanes) {
+      Vec lines[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int across = group + i;
+        const bool exists = across < Width && across < available;
+        lines[i] = exists ? load_chunk(a.data + a.across.offset(first + across), a.depth, chunk) : zero();
+      }
+      transpose(lines);
+      for (int i = 0; i < chunk.count; ++i) store_row<Width>(out + (p + i) * Width + group, lines[i], p + i + 1 == k);
+    }
+  }
+}
+
+template <int Width>
+inline void pack(const View& v, Direction across, Direction depth, int64_t first, int64_t n, int64_t k0, int64_t k,
+                 float* out) {
+  with_operand(v, across, depth, [&](const auto& operand) {
+    for (int64_t i = 0; i < n; i += Width, out += Width * k) {
+      if (depth.stride == 1 && across.stride != 1)
+        transpose_panel<Width>(operand, first + i, n - i, k0, k, out);
+      else
+        copy_panel<Width>(operand, first + i, n - i, k0, k, out);
+    }
+  });
+}
+
+template <int Width>
+void pack_left(const View& a, int64_t row0, int64_t m, int64_t k0, int64_t k, void* out) {
+  pack<Width>(a, {a.row_stride, a.rows}, {a.col_stride, a.cols}, row0, m, k0, k, static_cast<float*>(out));
+}
+
+template <int Width>
+void pack_right(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, void* out) {
+  pack<Width>(b, {b.col_stride, b.cols}, {b.row_stride, b.rows}, col0, n, k0, k, static_cast<float*>(out));
+}
+
+// Rows × (Vectors · kLanes) sums stay in registers: the loops over them must unroll whole.
+template <int Rows, int Vectors>
+void tile(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate) {
+  const float* a = static_cast<const float*>(left);
+  const float* b = static_cast<const float*>(right);
+  Vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = zero();
+
+  for (; k > 0; --k, a += Rows, b += Vectors * kLanes) {
+    Vec row[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) row[j] = load(b + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec factor = broadcast(a + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = multiply_add(factor, row[j], sum[i][j]);
+    }
+  }
+
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+      float* out = c + i * ldc + j * kLanes;
+      store(out, accumulate ? add(load(out), sum[i][j]) : sum[i][j]);
+    }
+}
+
+template <int Rows, int Vectors>
+constexpr Product fma_product = {
+    Rows, Vectors * kLanes, 1, sizeof(float), sizeof(float), pack_left<Rows>, pack_right<Vectors * kLanes>,
+    tile<Rows, Vectors>};
+
+}  // namespace
+}  // namespace safr
