@@ -1,0 +1,168 @@
+"""What the tests share: the back ends at hand, the oracle, and inputs that are awkward on purpose."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import safr_fast as sf
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ISA_VARIABLE = "SAFR_FAST_CPU_ISA"
+
+
+@functools.cache
+def backend_names() -> tuple[str, ...]:
+    """Every back end that serves here; the C++ one once at each instruction-set level, as ``"cpp:avx2"``."""
+    names = ["reference"]
+    for backend in sf.available_backends():
+        if backend.name == "cpp" and backend.available:
+            from safr_fast import _cpu
+
+            names += [f"cpp:{isa}" for isa in _cpu.available_isas()]
+        elif backend.name == "triton" and backend.available:
+            names.append("triton")
+    return tuple(names)
+
+
+def every_backend(*, fused: bool = False) -> pytest.MarkDecorator:
+    """Parametrises ``backend``; ``fused`` leaves the reference out."""
+    return pytest.mark.parametrize("backend", [name for name in backend_names() if not (fused and name == "reference")])
+
+
+def device_of(backend: str) -> str:
+    return DEVICE if backend in ("triton", "reference") else "cpu"
+
+
+@contextlib.contextmanager
+def forced(backend: str) -> Iterator[str]:
+    """The ``impl`` that stands for ``backend``, with the instruction-set level in force while inside."""
+    impl, _, isa = backend.partition(":")
+    before = os.environ.get(ISA_VARIABLE)
+    if isa:
+        os.environ[ISA_VARIABLE] = isa
+    try:
+        yield impl
+    finally:
+        if before is None:
+            os.environ.pop(ISA_VARIABLE, None)
+        else:
+            os.environ[ISA_VARIABLE] = before
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16: only a GPU can run this")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values in a layout with a gap after every element, last stride 2."""
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """‖value − expected‖ / ‖expected‖; the absolute norm where the expected value is 0."""
+    difference = (value.double().cpu() - expected.double().cpu()).norm().item()
+    norm = expected.double().norm().item()
+    return difference / norm if norm > 0 else difference
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], seed: int = 99
+) -> list[Tensor]:
+    """Outputs of ``function(*inputs)``, then the inputs' gradients of a fixed random combination of them."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    loss = sum((out * normal(*out.shape, seed=seed + i).to(out)).sum() for i, out in enumerate(outputs))
+    return [out.detach() for out in outputs] + list(torch.autograd.grad(loss, inputs))
+
+
+def assert_close_to_float64(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    plain: Callable[..., Tensor | tuple[Tensor, ...]],
+    *inputs: Tensor,
+) -> None:
+    """``function`` is as accurate as the specification asks, in values and gradients.
+
+    ``plain`` is the plain formula: run in float64 it is the oracle, run in the inputs' own dtype the yardstick.
+    """
+    dtype = inputs[0].dtype
+    oracle = value_and_gradients(plain, [x.double() for x in inputs])
+    yardstick = value_and_gradients(plain, inputs)
+    results = value_and_gradients(function, inputs)
+    for i, (result, own, expected) in enumerate(zip(results, yardstick, oracle, strict=True)):
+        plain_error = relative_error(own, expected)
+        if dtype == torch.float32:
+            allowed = max(1e-5, 2 * plain_error)
+        else:
+            allowed = min(max(1e-2, 2 * plain_error), 2 * plain_error + torch.finfo(dtype).eps)
+        error = relative_error(result, expected)
+        assert error <= allowed, (
+            f"output {i}: error {error:.2e}, allowed {allowed:.2e}, plain formula {plain_error:.2e}"
+        )
+
+
+def plain_row_energy(h: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The formula as a user would write it, in the dtype of ``h`` throughout."""
+    if mask is not None:
+        h = torch.where(mask.unsqueeze(-1), h, 0.0)
+    gram = h @ h.mT
+    diagonal = torch.eye(h.shape[-2], dtype=torch.bool, device=h.device)
+    return gram.masked_fill(diagonal, 0).square().sum(-1), h.square().sum(-1)
+
+
+def plain_interaction_total(
+    attention: Tensor, mask: Tensor | None = None, *, squared: bool, exclude_diagonal: bool
+) -> Tensor:
+    if mask is not None:
+        attention = torch.where(mask[:, None, :, None] & mask[:, None, None, :], attention, 0.0)
+    overlap = attention @ attention.mT
+    if exclude_diagonal:
+        overlap = overlap.masked_fill(torch.eye(overlap.shape[-1], dtype=torch.bool, device=overlap.device), 0)
+    return (attention * (1 - (overlap.square() if squared else overlap))).sum((-1, -2))
+
+
+def plain_interaction_total_from_qk(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, *, is_causal: bool, squared: bool, exclude_diagonal: bool
+) -> Tensor:
+    if mask is not None:
+        q, k = (torch.where(mask[:, None, :, None], x, 0.0) for x in (q, k))
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / q.shape[-1] ** 0.5
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    allowed = allowed.tril() if is_causal else allowed
+    if mask is not None:
+        allowed = allowed & mask[:, None, None, :]
+    attention = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+    return plain_interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
+
+
+def lengths_mask(lengths: Sequence[int], tokens: int) -> Tensor:
+    return torch.arange(tokens)[None, :] < torch.tensor(lengths)[:, None]
+
+
+def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

@@ -1,0 +1,190 @@
+"""SAFRLoss against the formulas of the paper and of the released code, written out."""
+
+import pytest
+import torch
+from support import every_backend, forced, lengths_mask, normal, relative_error
+from torch import Tensor
+from torch.nn import functional as F
+
+import safr_fast as sf
+
+
+def released_importance(h: Tensor) -> Tensor:
+    """Mean over all B·T positions of √(P/E), P_i = Σ_{j≠i} (h_i/(‖h_i‖+1e-5) · h_j)²."""
+    direction = h / (h.norm(dim=-1, keepdim=True) + 1e-5)
+    overlap = (direction @ h.mT).square()
+    overlap = overlap - torch.diag_embed(overlap.diagonal(dim1=-2, dim2=-1))
+    return (overlap.sum(-1) / h.shape[-1]).sqrt().mean()
+
+
+def released_interaction(attention: Tensor) -> Tensor:
+    """Mean over B, H and all T² pairs of A_ij (1 − G_ij), the diagonal of G = A Aᵀ set to 0."""
+    overlap = attention @ attention.mT
+    overlap = overlap - torch.diag_embed(overlap.diagonal(dim1=-2, dim2=-1))
+    return (attention * (1 - overlap)).mean()
+
+
+def paper_importance(h: Tensor) -> Tensor:
+    """Σ_i √(P_i/E) of each sample, P_i = Σ_{j≠i} (ĥ_i · h_j)²; mean over samples."""
+    direction = h / h.norm(dim=-1, keepdim=True)
+    overlap = (direction @ h.mT).square()
+    overlap = overlap - torch.diag_embed(overlap.diagonal(dim1=-2, dim2=-1))
+    return (overlap.sum(-1) / h.shape[-1]).sqrt().sum(-1).mean()
+
+
+def paper_interaction(attention: Tensor) -> Tensor:
+    """Σ over heads of (1/T²) Σ_ij A_ij (1 − G_ij²); mean over samples."""
+    overlap = attention @ attention.mT
+    return (attention * (1 - overlap.square())).mean((-1, -2)).sum(-1).mean()
+
+
+FORMULAS = {"released": (released_importance, released_interaction), "paper": (paper_importance, paper_interaction)}
+
+
+def batch(tokens: int = 23) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logits, target, h, q, k."""
+    logits, target = normal(3, 2, seed=1), torch.tensor([0, 1, 1])
+    return (
+        logits,
+        target,
+        normal(3, tokens, 12, seed=2),
+        normal(3, 4, tokens, 8, seed=3),
+        normal(3, 4, tokens, 8, seed=4),
+    )
+
+
+def softmax_attention(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+
+
+@every_backend()
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_terms_equal_the_written_formulas(backend: str, variant: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and backend != "reference":
+        pytest.skip("only the reference computes in float64")
+    logits, target, h, q, k = batch()
+    attention = softmax_attention(q, k)
+    importance, interaction = FORMULAS[variant]
+    expected_leaves = [x.double().requires_grad_() for x in (h, attention)]
+    expected = (
+        F.cross_entropy(logits.double(), target)
+        + 0.7 * importance(expected_leaves[0])
+        + 0.3 * interaction(expected_leaves[1])
+    )
+    leaves = [x.to(dtype).requires_grad_() for x in (h, attention)]
+    with forced(backend) as impl:
+        loss_fn = sf.SAFRLoss(0.7, 0.3, variant=variant, impl=impl)
+        actual = loss_fn(logits.to(dtype), target, hidden=leaves[0], attention=leaves[1])
+    allowed = 1e-6 if dtype == torch.float32 else 1e-13
+    assert relative_error(actual.detach(), expected.detach()) < allowed
+    gradients = zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, expected_leaves), strict=True)
+    for gradient, expected_gradient in gradients:
+        assert relative_error(gradient, expected_gradient) < allowed
+
+
+@every_backend()
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_queries_and_keys_stand_for_their_attention(backend: str, variant: str) -> None:
+    logits, target, h, q, k = batch()
+    expected_leaves = [x.double().requires_grad_() for x in (q, k)]
+    expected = FORMULAS[variant][1](softmax_attention(*expected_leaves))
+    leaves = [x.clone().requires_grad_() for x in (q, k)]
+    with forced(backend) as impl:
+        parts = sf.SAFRLoss(variant=variant, impl=impl)(logits, target, hidden=h, qk=tuple(leaves), return_parts=True)
+    assert relative_error(parts.interaction.detach(), expected.detach()) < 1e-6
+    gradients = torch.autograd.grad(parts.interaction, leaves)
+    for gradient, expected_gradient in zip(gradients, torch.autograd.grad(expected, expected_leaves), strict=True):
+        assert relative_error(gradient, expected_gradient) < 1e-5
+
+
+def test_documented_correspondence_of_the_importance_weights() -> None:
+    logits, target, h, *_ = batch(tokens=20)
+    released = sf.SAFRLoss(1.0, 0.0, variant="released")(logits, target, hidden=h, return_parts=True)
+    paper = sf.SAFRLoss(1.0 / 20, 0.0, variant="paper")(logits, target, hidden=h, return_parts=True)
+    assert torch.isclose(released.total, paper.total, rtol=1e-5)
+
+
+def test_a_term_without_weight_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target, h, q, k = batch()
+    calls = []
+    for name in ("importance_loss", "interaction_loss_from_qk"):
+        original = getattr(sf.functional, name)
+
+        def counted(*args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(sf.functional, name, counted)
+    parts = sf.SAFRLoss(0.0, 0.0)(logits, target, hidden=h, qk=(q, k), return_parts=True)
+    assert calls == []
+    assert parts.importance is None
+    assert parts.interaction is None
+    assert torch.equal(parts.total, parts.task)
+    sf.SAFRLoss(1.0, 0.0)(logits, target, hidden=h, qk=(q, k))
+    assert calls == ["importance_loss"]
+    sf.SAFRLoss(0.0, 1.0)(logits, target, hidden=None, qk=(q, k))
+    assert calls == ["importance_loss", "interaction_loss_from_qk"]
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_layers_are_averaged_or_summed_as_heads_are(variant: str) -> None:
+    logits, target, h, q, k = batch()
+    loss = sf.SAFRLoss(variant=variant)
+    one = [loss(logits, target, hidden=x, qk=(y, k), return_parts=True) for x, y in ((h, q), (2 * h, 2 * q))]
+    both = loss(logits, target, hidden=[h, 2 * h], qk=[(q, k), (2 * q, k)], return_parts=True)
+    pool = torch.mean if variant == "released" else torch.sum
+    assert torch.isclose(both.importance, pool(torch.stack([part.importance for part in one])))
+    assert torch.isclose(both.interaction, pool(torch.stack([part.interaction for part in one])))
+
+
+def test_the_mask_leaves_padding_out() -> None:
+    logits, target, h, q, k = batch(tokens=10)
+    mask = lengths_mask([10, 4, 0], 10)
+    alone = [
+        sf.SAFRLoss()(
+            logits[i : i + 1],
+            target[i : i + 1],
+            hidden=h[i : i + 1, :n],
+            qk=(q[i : i + 1, :, :n], k[i : i + 1, :, :n]),
+            return_parts=True,
+        )
+        for i, n in enumerate([10, 4])
+    ]
+    together = sf.SAFRLoss()(logits, target, hidden=h, qk=(q, k), mask=mask, return_parts=True)
+    for term in ("importance", "interaction"):
+        assert torch.isclose(getattr(together, term) * 3, sum(getattr(part, term) for part in alone))
+
+
+def test_another_criterion() -> None:
+    logits, _, h, *_ = batch()
+    target = normal(3, 2, seed=8)
+    loss = sf.SAFRLoss(0, 0, criterion=torch.nn.MSELoss())(logits, target, hidden=h)
+    assert torch.equal(loss, F.mse_loss(logits, target))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lambda_importance": -1.0}, "lambda_importance must be finite and at least 0, got -1.0"),
+        ({"lambda_interaction": float("nan")}, "lambda_interaction must be finite and at least 0, got nan"),
+        ({"variant": "poster"}, 'variant must be "paper" or "released", got \'poster\''),
+    ],
+)
+def test_wrong_settings_say_what_is_allowed(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sf.SAFRLoss(**arguments)
+
+
+def test_missing_input_says_what_to_pass() -> None:
+    logits, target, h, q, k = batch()
+    attention = (q @ k.mT).softmax(-1)
+    loss = sf.SAFRLoss()
+    with pytest.raises(ValueError, match="hidden must be given"):
+        loss(logits, target, hidden=None, qk=(q, k))
+    with pytest.raises(ValueError, match="takes attention or qk, got neither"):
+        loss(logits, target, hidden=h)
+    with pytest.raises(ValueError, match="takes attention or qk, got both"):
+        loss(logits, target, hidden=h, qk=(q, k), attention=attention)
+    with pytest.raises(ValueError, match="hidden must hold at least one layer"):
+        loss(logits, target, hidden=[], qk=(q, k))
