@@ -153,7 +153,7 @@ class SAFRLoss(nn.Module):
             terms = [functional.interaction_loss(weights, mask, **form) for weights in layers]
             return self._pool("attention", terms, [weights.shape[0] for weights in layers])
         if qk is not None and attention is None:
-            pairs = cast(Sequence[Pair], [qk] if len(qk) > 0 and isinstance(qk[0], Tensor) else qk)
+            pairs = cast("Sequence[Pair]", [qk] if len(qk) > 0 and isinstance(qk[0], Tensor) else qk)
             form |= {"scale": self.scale, "is_causal": self.is_causal}
             terms = [functional.interaction_loss_from_qk(q, k, mask, **form) for q, k in pairs]
             return self._pool("qk", terms, [q.shape[0] for q, _ in pairs])

@@ -1,0 +1,214 @@
+"""What PyTorch expects of a function: derivatives, compilation, autocast, registration; for every back end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support import (
+    device_of,
+    every_backend,
+    forced,
+    lengths_mask,
+    normal,
+    offsets,
+    relative_error,
+    skip_unless_served,
+    value_and_gradients,
+)
+from torch import Tensor
+
+import safr_fast as sf
+
+TOKENS = 21
+
+
+@dataclass(frozen=True)
+class Call:
+    """A public function applied to inputs that it can take."""
+
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+
+    def on(self, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        return tuple(x.to(device, dtype) for x in self.inputs)
+
+
+def hidden() -> tuple[Tensor]:
+    return (normal(2, TOKENS, 16, seed=1),)
+
+
+def attention() -> tuple[Tensor]:
+    return (normal(2, 2, TOKENS, TOKENS, seed=2).softmax(-1),)
+
+
+def query_key() -> tuple[Tensor, Tensor]:
+    return normal(2, 4, TOKENS, 16, seed=3), normal(2, 2, TOKENS, 16, seed=4)
+
+
+def mask_like(x: Tensor) -> Tensor:
+    return lengths_mask([TOKENS, 7], TOKENS).to(x.device)
+
+
+def packed(x: Tensor) -> Tensor:
+    return offsets([TOKENS, 0, TOKENS], x.device.type)
+
+
+CALLS = {
+    "row_energy": Call(lambda h, impl: sf.row_energy(h, impl=impl), hidden()),
+    "polysemanticity": Call(lambda h, impl: sf.polysemanticity(h, mask_like(h), eps=1e-5, impl=impl), hidden()),
+    "capacity": Call(lambda h, impl: sf.capacity(h, mask_like(h), impl=impl), hidden()),
+    "importance_loss": Call(lambda h, impl: sf.importance_loss(h, mask_like(h), impl=impl), hidden()),
+    "importance_loss packed": Call(
+        lambda h, impl: sf.importance_loss(h.flatten(0, 1), cu_seqlens=packed(h), impl=impl), hidden()
+    ),
+    "interaction_loss": Call(
+        lambda a, impl: sf.interaction_loss(a, mask_like(a), reduction="none", impl=impl), attention()
+    ),
+    "interaction_loss_from_qk": Call(
+        lambda q, k, impl: sf.interaction_loss_from_qk(q, k, mask_like(q), is_causal=True, reduction="none", impl=impl),
+        query_key(),
+    ),
+    "interaction_loss_from_qk packed": Call(
+        lambda q, k, impl: sf.interaction_loss_from_qk(
+            *(x.transpose(1, 2).flatten(0, 1) for x in (q, k)), cu_seqlens=packed(q), impl=impl
+        ),
+        query_key(),
+    ),
+}
+each_call = pytest.mark.parametrize("name", CALLS)
+
+
+def run(name: str, impl: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return value_and_gradients(lambda *x: CALLS[name].function(*x, impl=impl), inputs)
+
+
+@each_call
+def test_gradcheck_and_gradgradcheck(name: str) -> None:
+    inputs = [x.double().requires_grad_() for x in CALLS[name].inputs]
+    def function(*x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return CALLS[name].function(*x, impl="reference")
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@every_backend(fused=True)
+@each_call
+def test_second_derivative_raises_and_says_what_to_use(name: str, backend: str) -> None:
+    inputs = [x.requires_grad_() for x in CALLS[name].on(device_of(backend))]
+    with forced(backend) as impl:
+        outputs = CALLS[name].function(*inputs, impl=impl)
+        loss = outputs.sum() if isinstance(outputs, Tensor) else outputs[0].sum()
+        gradient = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r'differentiates once.*impl="reference"'):
+            gradient.square().sum().backward()
+
+
+@every_backend()
+@each_call
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_whole_forward_and_backward(name: str, backend: str, dynamic: bool) -> None:
+    inputs = CALLS[name].on(device_of(backend))
+    with forced(backend) as impl:
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda *x: CALLS[name].function(*x, impl=impl), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        )
+        actual = value_and_gradients(compiled, inputs)
+        expected = run(name, impl, inputs)
+    for result, plain in zip(actual, expected, strict=True):
+        assert relative_error(result, plain) < 1e-6
+
+
+@every_backend()
+def test_compiles_with_the_default_compiler(backend: str) -> None:
+    (h,), (q, k) = (CALLS[name].on(device_of(backend)) for name in ("importance_loss", "interaction_loss_from_qk"))
+    logits, target = normal(2, 2, device=h.device.type), torch.tensor([0, 1], device=h.device)
+    with forced(backend) as impl:
+        torch.compiler.reset()
+        loss_fn = sf.SAFRLoss(variant="released", impl=impl)
+
+        def loss(h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return loss_fn(logits, target, hidden=h, qk=(q, k), mask=mask_like(h))
+
+        actual = value_and_gradients(torch.compile(loss, fullgraph=True), (h, q, k))
+        expected = value_and_gradients(loss, (h, q, k))
+    for result, plain in zip(actual, expected, strict=True):
+        assert relative_error(result, plain) < 1e-5
+
+
+@every_backend(fused=True)
+@pytest.mark.parametrize("save_moments", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "masked", "packed"])
+def test_opcheck_row_energy(backend: str, save_moments: bool, layout: str) -> None:
+    device = device_of(backend)
+    h = normal(2, 40, 8, device=device)
+    mask = lengths_mask([40, 30], 40).to(device) if layout == "masked" else None
+    cu_seqlens = None
+    if layout == "packed":
+        h, cu_seqlens = h.flatten(0, 1), offsets([40, 30], device)
+    with forced(backend) as impl:
+        ops = torch.ops.safr_fast
+        torch.library.opcheck(ops.row_energy.default, (h, mask, cu_seqlens, save_moments, impl))
+        energy, squared_norm, moments = ops.row_energy(h, mask, cu_seqlens, True, impl)
+        saved = (energy, squared_norm, moments, torch.ones_like(energy), torch.ones_like(energy))
+        torch.library.opcheck(ops.row_energy_backward.default, (h, mask, cu_seqlens, *saved, impl))
+
+
+@every_backend(fused=True)
+@pytest.mark.parametrize("need_grad", [False, True])
+def test_opcheck_interaction(backend: str, need_grad: bool) -> None:
+    device = device_of(backend)
+    (a,), (q, k) = (CALLS[name].on(device) for name in ("interaction_loss", "interaction_loss_from_qk"))
+    with forced(backend) as impl:
+        ops = torch.ops.safr_fast
+        torch.library.opcheck(ops.interaction.default, (a, mask_like(a), True, False, need_grad, impl))
+        form = (0.25, False, True, False, need_grad, impl)
+        torch.library.opcheck(ops.interaction_from_qk.default, (q, k, mask_like(q), None, *form))
+
+
+@every_backend()
+@each_call
+def test_gradients_are_made_only_where_asked(name: str, backend: str) -> None:
+    inputs = CALLS[name].on(device_of(backend))
+    with forced(backend) as impl:
+        outputs = CALLS[name].function(*inputs, impl=impl)
+        assert not (outputs if isinstance(outputs, Tensor) else outputs[0]).requires_grad
+        everything = run(name, impl, inputs)
+        for i, x in enumerate(inputs):
+            leaf = x.clone().requires_grad_()
+            outputs = CALLS[name].function(*(leaf if j == i else y for j, y in enumerate(inputs)), impl=impl)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            loss = sum((out * normal(*out.shape, seed=99 + n).to(out)).sum() for n, out in enumerate(outputs))
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            assert torch.equal(gradient, everything[len(outputs) + i])
+
+
+@every_backend()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["row_energy", "importance_loss", "interaction_loss", "interaction_loss_from_qk"])
+def test_autocast_casts_what_enters_products(name: str, backend: str, dtype: torch.dtype) -> None:
+    skip_unless_served(backend, dtype)
+    device = device_of(backend)
+    inputs = CALLS[name].on(device)
+    cast = tuple(x if name == "interaction_loss" else x.to(dtype).float() for x in inputs)
+    with forced(backend) as impl:
+        with torch.autocast(device, dtype):
+            actual = run(name, impl, inputs)
+        expected = run(name, "reference", cast)
+    for result, rounded in zip(actual, expected, strict=True):
+        assert result.dtype == torch.float32
+        assert relative_error(result, rounded) < 2e-2
+
+
+@every_backend()
+def test_float16_gradients_survive_a_loss_scale(backend: str) -> None:
+    """Entries near 1e-10 are scaled before they are rounded to 16 bits."""
+    q, k = (x.half().requires_grad_() for x in CALLS["interaction_loss_from_qk"].on(device_of(backend)))
+    with forced(backend) as impl:
+        loss = sf.interaction_loss_from_qk(q, k, impl=impl)
+        (scaled,) = torch.autograd.grad(loss * 2.0**16, q)
+    q64, k64 = (x.detach().double().requires_grad_() for x in (q, k))
+    (expected,) = torch.autograd.grad(sf.interaction_loss_from_qk(q64, k64, impl="reference") * 2.0**16, q64)
+    assert relative_error(scaled, expected) < 1e-2
