@@ -1,0 +1,85 @@
+"""The package as installed: what it exports, what importing it costs, and which back ends must be there."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import backend_names
+
+import safr_fast as sf
+from safr_fast.ops import dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str, **environment: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment or None, cwd="/")
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_every_public_name_is_there_and_explained() -> None:
+    for name in sf.__all__:
+        assert getattr(sf, name).__doc__, name
+
+
+def test_import_loads_neither_triton_nor_the_extension() -> None:
+    loaded = python("import sys, safr_fast; print([m for m in ('triton', 'safr_fast._cpu') if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_a_call_on_the_cpu_does_not_load_triton() -> None:
+    code = "import sys, torch, safr_fast; safr_fast.capacity(torch.ones(3, 2)); print('triton' in sys.modules)"
+    assert python(code) == "False"
+
+
+def test_the_kernels_folder_shadows_no_other_package() -> None:
+    """transformers imports a package named `kernels` from PyPI."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler: the package works through the reference")
+def test_the_extension_was_built() -> None:
+    """An install falls back to pure Python where the build fails: here it must not have."""
+    assert any(name.startswith("cpp:") for name in backend_names())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_serves_in_its_interpreter_or_on_a_gpu() -> None:
+    assert "triton" in backend_names()
+
+
+def test_available_backends_explain_themselves() -> None:
+    backends = {backend.name: backend for backend in sf.available_backends()}
+    assert list(backends) == ["reference", "cpp", "triton"]
+    assert all(backend.detail for backend in backends.values())
+
+
+def test_a_named_back_end_never_falls_back() -> None:
+    with pytest.raises(sf.BackendUnavailable, match=r'impl="cpp" cannot serve: .*float64.*impl="reference"'):
+        sf.capacity(torch.ones(3, 2, dtype=torch.float64), impl="cpp")
+    code = """
+import torch, safr_fast
+try:
+    safr_fast.capacity(torch.ones(3, 2), impl="triton")
+except safr_fast.BackendUnavailable as error:
+    print(error)
+"""
+    message = python(code)
+    assert 'impl="triton" cannot serve' in message
+    assert "CUDA" in message
+
+
+def test_auto_says_so_once_when_it_must_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: "it was not built")
+    dispatch._resolve.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match='uses impl="reference".*it was not built'):
+            assert dispatch.resolve("auto", "cpu", torch.float32) == "reference"
+        assert dispatch.resolve("auto", "cpu", torch.float64) == "reference"
+    finally:
+        dispatch._resolve.cache_clear()
