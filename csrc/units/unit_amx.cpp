@@ -1,0 +1,221 @@
+// AMX: products of bfloat16 tiles with float32 sums. A float32 operand is split into bfloat16 parts of falling size,
+// x = x0 + x1 (+ x2), and the products of parts that matter are summed:
+//   highest   x2·y0 + x1·y0 + x1·y1 + x0·y1 + x0·y2 + x0·y0     24 bits: as float32 multiply-add
+//   high      x1·y0 + x0·y0 + x0·y1                             16 bits
+//   medium    x0·y0                                              8 bits
+//
+// A panel is 32 wide. For each 32 steps of depth and each part it holds two tiles of 16 rows of 64 bytes: on the left a
+// row is one row of the matrix, on the right a pair of steps of depth. Pairs are formed of steps p and p + 16, so that a
+// pair of plain vectors makes 16 of them on either side, whichever way the matrix lies in memory.
+#include "vector16.hpp"
+
+#include "denormals.hpp"
+#include "fma.hpp"
+
+namespace safr {
+namespace {
+
+constexpr int kWidth = 32, kDepth = 32, kTileBytes = 1024, kTileRowBytes = 64;
+
+// 16 pairs of bfloat16, one in each 32-bit lane, the first of a pair in the lower half.
+typedef __m512i Pairs;
+
+// Rounds to nearest even, and keeps NaN.
+inline Pairs round_pairs(Vec low, Vec high) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// Rounds x to a bfloat16 (a tie goes either way: the next part makes it good) and leaves the rest in x.
+inline __m512i take_part(Vec& x) {
+  const __m512i half = _mm512_set1_epi32(0x8000), mask = _mm512_set1_epi32(int(0xffff0000));
+  const __m512i part = _mm512_and_epi32(_mm512_add_epi32(_mm512_castps_si512(x), half), mask);
+  x = _mm512_sub_ps(x, _mm512_castsi512_ps(part));
+  return part;
+}
+
+template <int Parts>
+inline void split(Vec low, Vec high, Pairs (&parts)[Parts]) {
+#pragma GCC unroll 4
+  for (int s = 0; s + 1 < Parts; ++s) parts[s] = _mm512_or_epi32(_mm512_srli_epi32(take_part(low), 16), take_part(high));
+  parts[Parts - 1] = round_pairs(low, high);
+}
+
+template <int Parts>
+inline void store_row(char* tile, int row, const Pairs (&parts)[Parts]) {
+#pragma GCC unroll 4
+  for (int s = 0; s < Parts; ++s) _mm512_store_si512(tile + s * 2 * kTileBytes + row * kTileRowBytes, parts[s]);
+}
+
+inline void transpose_tile(char* tile) {
+  __m512i rows[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + i * kTileRowBytes);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * kTileRowBytes, rows[i]);
+}
+
+// Packs 16 lines across × 32 steps of depth, or as many of them as exist, into a tile for each part.
+template <int Parts, bool Left, typename T>
+inline void pack_tile(const Operand<T>& a, int64_t first, int64_t across, int64_t k0, int64_t depth, char* tile) {
+  Pairs parts[Parts];
+  const bool along_depth = a.depth.stride == 1 && a.across.stride != 1;
+  if (along_depth) {
+    const Chunk low(a.depth, k0, depth, kLanes), high(a.depth, k0 + kLanes, depth - kLanes, kLanes);
+    for (int i = 0; i < 16; ++i) {
+      if (i < across) {
+        const T* line = a.data + a.across.offset(first + i);
+        split(load_chunk(line, a.depth, low), load_chunk(line, a.depth, high), parts);
+      } else {
+        split(zero(), zero(), parts);
+      }
+      store_row(tile, i, parts);
+    }
+  } else {
+    const Chunk chunk(a.across, first, across, kLanes);
+    const auto step = [&](int p) {
+      return p < depth ? load_chunk(a.data + a.depth.offset(k0 + p), a.across, chunk) : zero();
+    };
+    for (int p = 0; p < 16; ++p) {
+      split(step(p), step(p + 16), parts);
+      store_row(tile, p, parts);
+    }
+  }
+  if (along_depth != Left)
+    for (int s = 0; s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes);
+}
+
+template <int Parts, bool Left>
+inline void pack_tiles(const View& v, Direction across, Direction depth, int64_t first, int64_t n, int64_t k0,
+                       int64_t k, void* out) {
+  with_operand(v, across, depth, [&](const auto& operand) {
+    char* tile = static_cast<char*>(out);
+    for (int64_t i = 0; i < n; i += kWidth)
+      for (int64_t p = 0; p < k; p += kDepth, tile += Parts * 2 * kTileBytes)
+        for (int half = 0; half < 2; ++half) {
+          const int64_t skip = i + half * 16;
+          pack_tile<Parts, Left>(operand, first + skip, n - skip, k0 + p, k - p, tile + half * kTileBytes);
+        }
+  });
+}
+
+template <int Parts>
+void pack_left_tiles(const View& a, int64_t row0, int64_t m, int64_t k0, int64_t k, void* out) {
+  pack_tiles<Parts, true>(a, {a.row_stride, a.rows}, {a.col_stride, a.cols}, row0, m, k0, k, out);
+}
+
+template <int Parts>
+void pack_right_tiles(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, void* out) {
+  pack_tiles<Parts, false>(b, {b.col_stride, b.cols}, {b.row_stride, b.rows}, col0, n, k0, k, out);
+}
+
+// Tile registers: 0 to 3 are the sums, 4 and 5 hold a part of the left operand, 6 and 7 of the right one. Loads stand
+// just before the products that use them. Right panels pass by once for each left panel: streaming loads keep them from
+// pushing it out of the L1 cache.
+inline void load_right(const char* right) {
+  _tile_stream_loadd(6, right, kTileRowBytes);
+  _tile_stream_loadd(7, right + kTileBytes, kTileRowBytes);
+}
+
+// A new left part times the right part in registers.
+inline void multiply_left(const char* left) {
+  _tile_loadd(4, left, kTileRowBytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, left + kTileBytes, kTileRowBytes);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// The left part in registers times a new right part.
+inline void multiply_right(const char* right) {
+  _tile_stream_loadd(6, right, kTileRowBytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_stream_loadd(7, right + kTileBytes, kTileRowBytes);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// Successive products share an operand where they can.
+template <int Parts>
+inline void multiply_block(const char* left, const char* right) {
+  constexpr int part = 2 * kTileBytes;
+  load_right(right);
+  if constexpr (Parts == 3) {
+    multiply_left(left + 2 * part);
+    multiply_left(left + part);
+    multiply_right(right + part);
+    multiply_left(left);
+    multiply_right(right + 2 * part);
+    multiply_right(right);
+  } else {
+    if constexpr (Parts == 2) multiply_left(left + part);
+    multiply_left(left);
+    if constexpr (Parts == 2) multiply_right(right + part);
+  }
+}
+
+// The compiler does not know that tile loads read memory (GCC 12): all that was written must be written before them.
+inline void settle_memory() { asm volatile("" ::: "memory"); }
+
+template <int Parts>
+void multiply_panels(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate) {
+  const size_t stride = ldc * sizeof(float);
+  float* lower = c + 16 * ldc;
+  settle_memory();
+  if (accumulate) {
+    _tile_loadd(0, c, stride);
+    _tile_loadd(1, c + 16, stride);
+    _tile_loadd(2, lower, stride);
+    _tile_loadd(3, lower + 16, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const char* a = static_cast<const char*>(left);
+  const char* b = static_cast<const char*>(right);
+  constexpr int block = Parts * 2 * kTileBytes;
+  for (; k > 0; k -= kDepth, a += block, b += block) multiply_block<Parts>(a, b);
+  _tile_stored(0, c, stride);
+  _tile_stored(1, c + 16, stride);
+  _tile_stored(2, lower, stride);
+  _tile_stored(3, lower + 16, stride);
+  settle_memory();
+}
+
+template <int Parts>
+constexpr Product amx_product = {kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, pack_left_tiles<Parts>,
+                                 pack_right_tiles<Parts>, multiply_panels<Parts>};
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+// Other libraries of the process release or change the configuration, so every entry loads it.
+void enter(ThreadState* state) {
+  flush_denormals(state);
+  TileConfig config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) config.row_bytes[i] = kTileRowBytes, config.rows[i] = 16;
+  settle_memory();
+  _tile_loadconfig(&config);
+}
+
+void leave(const ThreadState* state) {
+  _tile_release();
+  restore_denormals(state);
+}
+
+}  // namespace
+
+constexpr Kernels kernels_amx = {
+    "amx", {amx_product<3>, amx_product<2>, amx_product<1>}, amx_product<1>, enter, leave, nullptr};
+
+}  // namespace safr
