@@ -1,0 +1,85 @@
+"""Encoded texts, and batches of texts of about the same length."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safr_fast.data.corpus import Split
+from safr_fast.data.vocabulary import PAD, Vocabulary
+
+
+class Batch(NamedTuple):
+    """Texts padded on the right to the longest of them."""
+
+    ids: Tensor  # (B, T) int64
+    mask: Tensor  # (B, T) bool, true where a token is real
+    labels: Tensor  # (B,) int64
+    rows: list[int]
+    """Which texts of the split these are."""
+
+    def to(self, device: torch.device) -> "Batch":
+        ids, mask, labels = (x.to(device, non_blocking=True) for x in self[:3])
+        return Batch(ids, mask, labels, self.rows)
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """A split as numbers: all texts in one row, text i from ``offsets[i]`` to ``offsets[i + 1]``."""
+
+    ids: Tensor  # (tokens,) int64
+    offsets: Tensor  # (texts + 1,) int64
+    labels: Tensor  # (texts,) int64
+
+    @classmethod
+    def of(cls, split: Split, vocabulary: Vocabulary, max_len: int | None = None) -> "EncodedSplit":
+        encoded = [vocabulary.encode(text, max_len) for text in split.texts]
+        ids = torch.tensor([number for numbers in encoded for number in numbers], dtype=torch.int64)
+        lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
+        return cls(ids, lengths.cumsum(0), torch.tensor(split.labels, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
+
+    def batch(self, rows: list[int]) -> Batch:
+        index = torch.tensor(rows)
+        lengths = self.lengths[index]
+        position = torch.arange(int(lengths.max()))  # (T,)
+        mask = position < lengths[:, None]  # (B, T)
+        source = (self.offsets[index, None] + position).where(mask, 0)
+        ids = self.ids[source] if len(self.ids) else source
+        return Batch(ids.where(mask, PAD), mask, self.labels[index], rows)
+
+    def batches(self, order: list[list[int]]) -> Iterator[Batch]:
+        return map(self.batch, order)
+
+
+def shuffled_buckets(lengths: Tensor, batch_size: int, seed: int, epoch: int, pool: int = 50) -> list[list[int]]:
+    """Rows of each batch of one epoch, a function of ``seed`` and ``epoch`` alone.
+
+    All rows are shuffled; every ``pool`` batches' worth of them is sorted by length and cut into batches; the batches
+    are shuffled. So batches hold texts of similar length, yet differ from epoch to epoch.
+    """
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    rows = torch.randperm(len(lengths), generator=generator)
+    batches: list[list[int]] = []
+    for group in rows.split(pool * batch_size):
+        by_length = group[lengths[group].argsort(stable=True)]
+        batches += [batch.tolist() for batch in by_length.split(batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def by_length(lengths: Tensor, batch_size: int) -> list[list[int]]:
+    """Rows of each batch in rising length, for evaluation."""
+    return [batch.tolist() for batch in lengths.argsort(stable=True).split(batch_size)]
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """One 63-bit number for a seed and an epoch, different for every pair that a run can meet."""
+    return (seed * 1_000_003 + epoch) % 2**63

@@ -1,0 +1,35 @@
+"""The variational word mask: which words the classifier needs."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class VMASK(nn.Module):
+    r"""A gate per token, from its embedding alone.
+
+    .. math:: p = \mathrm{softmax}(W_2 \tanh(W_1 x + b_1) + b_2), \qquad r \sim \mathrm{Bernoulli}(p_1)
+
+    In training :math:`r` is drawn by the straight-through Gumbel-softmax (0 or 1 forward, the relaxation's gradient
+    backward); in evaluation the gate is the probability :math:`p_1` itself.
+
+    Args:
+        dim: size of an embedding.
+        hidden: size of the layer between.
+        temperature: τ of the relaxation.
+
+    Source: Chen & Ji 2020, Learning Variational Word Masks; SAFR (arXiv 2501.16374), whose code takes 1024 and tanh.
+    """
+
+    def __init__(self, dim: int, hidden: int = 1024, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dim, hidden)
+        self.to_logits = nn.Linear(hidden, 2)
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The gate of each token: ``(..., E)`` to ``(...)``."""
+        logits = self.to_logits(torch.tanh(self.hidden(x)))  # (..., 2): drop, keep
+        if self.training:
+            return F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1]
+        return logits.softmax(-1)[..., 1]
