@@ -54,13 +54,17 @@ struct Operand {
 struct Chunk {
   int64_t first;
   int count;        // lanes that exist, may be 0; the others read as zeros
-  bool contiguous;  // in memory
+  bool contiguous;  // in memory, from `start` on
+  int64_t start;
 
   Chunk(const Direction& d, int64_t first, int64_t available, int lanes)
       : first(first), count(available < 0 ? 0 : int(min(available, lanes))), contiguous(d.stride == 1) {
     // Lists leave padding out, so nearly always they run on without a gap.
     for (int i = 1; d.list && i < count; ++i) contiguous &= d.list[first + i] == d.list[first] + i;
+    start = count > 0 ? d.offset(first) : 0;
   }
+
+  bool is_vector(int lanes) const { return contiguous && count == lanes; }
 };
 
 // Calls pack(Operand<T>) with the element type that the view has.

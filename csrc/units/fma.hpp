@@ -7,15 +7,18 @@
 namespace safr {
 namespace {
 
-// `chunk` of the line that starts at `line`, as float32.
+// Elements that do not lie side by side. Apart, since it is rare and its code is long.
 template <typename T>
-inline Vec load_chunk(const T* line, const Direction& d, const Chunk& chunk) {
-  if (chunk.contiguous && chunk.count == kLanes) return load(line + d.offset(chunk.first));
-  if (chunk.count == 0) return zero();
-  if (chunk.contiguous) return load_part(line + d.offset(chunk.first), chunk.count);
+__attribute__((noinline)) Vec gather_chunk(const T* line, const Direction& d, const Chunk& chunk) {
   float gathered[kLanes] = {};
   for (int i = 0; i < chunk.count; ++i) gathered[i] = to_float(line[d.offset(chunk.first + i)]);
   return load(gathered);
+}
+
+// `chunk` of the line that starts at `line`, as float32.
+template <typename T>
+inline Vec load_chunk(const T* line, const Direction& d, const Chunk& chunk) {
+  return chunk.contiguous ? load_part(line + chunk.start, chunk.count) : gather_chunk(line, d, chunk);
 }
 
 // A panel is `Width` floats for each step of depth. Where Width is less than a vector, each row's store spills into
@@ -26,30 +29,51 @@ inline void store_row(float* out, Vec row, bool last) {
   store_part(out, row, Width);
 }
 
-// Elements that lie side by side across the panel are copied row by row.
+// Elements that lie side by side across the panel are copied row by row: those of steps `begin` to `end` out of k.
 template <int Width, typename T>
-inline void copy_panel(const Operand<T>& a, int64_t first, int64_t available, int64_t k0, int64_t k, float* out) {
+inline void copy_rows(const Operand<T>& a, int64_t first, int64_t available, int64_t k0, int64_t k, int64_t begin,
+                      int64_t end, float* out) {
   for (int group = 0; group < Width; group += kLanes) {
     const Chunk chunk(a.across, first + group, available - group, kLanes);
-    for (int64_t p = 0; p < k; ++p)
-      store_row<Width>(out + p * Width + group, load_chunk(a.data + a.depth.offset(k0 + p), a.across, chunk), p + 1 == k);
+    const auto copy = [&](const auto& load_line) {
+      for (int64_t p = begin; p < end; ++p)
+        store_row<Width>(out + p * Width + group, load_line(a.data + a.depth.offset(k0 + p)), p + 1 == k);
+    };
+    if (chunk.is_vector(kLanes))
+      copy([&](const T* line) { return load(line + chunk.start); });
+    else
+      copy([&](const T* line) { return load_chunk(line, a.across, chunk); });
   }
 }
 
 // Elements that lie side by side along the depth are transposed in registers.
 template <int Width, typename T>
 inline void transpose_panel(const Operand<T>& a, int64_t first, int64_t available, int64_t k0, int64_t k, float* out) {
+  const T* line[Width];
+  for (int i = 0; i < Width && i < available; ++i) line[i] = a.data + a.across.offset(first + i);
   for (int64_t p = 0; p < k; p += kLanes) {
     const Chunk chunk(a.depth, k0 + p, k - p, kLanes);
+    const bool whole = chunk.is_vector(kLanes) && available >= Width;
+#pragma GCC unroll 4
     for (int group = 0; group < Width; group += kLanes) {
-      Vec lines[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int across = group + i;
-        const bool exists = across < Width && across < available;
-        lines[i] = exists ? load_chunk(a.data + a.across.offset(first + across), a.depth, chunk) : zero();
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = zero();
+      if (whole) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes && group + i < Width; ++i) block[i] = load(line[group + i] + chunk.start);
+      } else {
+        for (int i = 0; i < kLanes && group + i < min(Width, available); ++i)
+          block[i] = load_chunk(line[group + i], a.depth, chunk);
       }
-      transpose(lines);
-      for (int i = 0; i < chunk.count; ++i) store_row<Width>(out + (p + i) * Width + group, lines[i], p + i + 1 == k);
+      transpose(block);
+      float* row = out + p * Width + group;
+      if (whole && p + kLanes < k) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i, row += Width) store(row, block[i]);
+      } else {
+        for (int i = 0; i < chunk.count; ++i, row += Width) store_row<Width>(row, block[i], p + i + 1 == k);
+      }
     }
   }
 }
@@ -57,12 +81,14 @@ inline void transpose_panel(const Operand<T>& a, int64_t first, int64_t availabl
 template <int Width>
 inline void pack(const View& v, Direction across, Direction depth, int64_t first, int64_t n, int64_t k0, int64_t k,
                  float* out) {
-  with_operand(v, across, depth, [&](const auto& operand) {
-    for (int64_t i = 0; i < n; i += Width, out += Width * k) {
-      if (depth.stride == 1 && across.stride != 1)
-        transpose_panel<Width>(operand, first + i, n - i, k0, k, out);
-      else
-        copy_panel<Width>(operand, first + i, n - i, k0, k, out);
+  with_operand(v, across, depth, [&](const auto& a) {
+    if (depth.stride == 1 && across.stride != 1) {
+      for (int64_t i = 0; i < n; i += Width) transpose_panel<Width>(a, first + i, n - i, k0, k, out + i * k);
+    } else {
+      constexpr int streams = 16;  // rows read side by side: as many as the processor prefetches
+      for (int64_t p = 0; p < k; p += streams)
+        for (int64_t i = 0; i < n; i += Width)
+          copy_rows<Width>(a, first + i, n - i, k0, k, p, min(p + streams, k), out + i * k);
     }
   });
 }

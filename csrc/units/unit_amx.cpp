@@ -42,10 +42,18 @@ inline void split(Vec low, Vec high, Pairs (&parts)[Parts]) {
   parts[Parts - 1] = round_pairs(low, high);
 }
 
-template <int Parts>
-inline void store_row(char* tile, int row, const Pairs (&parts)[Parts]) {
+// Splits 16 rows of pairs, as `pair(row, low, high)` loads them, and stores one row of a tile for each part.
+template <int Parts, typename Pair>
+inline void split_rows(char* tile, const Pair& pair) {
 #pragma GCC unroll 4
-  for (int s = 0; s < Parts; ++s) _mm512_store_si512(tile + s * 2 * kTileBytes + row * kTileRowBytes, parts[s]);
+  for (int row = 0; row < 16; ++row) {
+    Vec low, high;
+    Pairs parts[Parts];
+    pair(row, low, high);
+    split(low, high, parts);
+#pragma GCC unroll 4
+    for (int s = 0; s < Parts; ++s) _mm512_store_si512(tile + s * 2 * kTileBytes + row * kTileRowBytes, parts[s]);
+  }
 }
 
 inline void transpose_tile(char* tile) {
@@ -57,47 +65,63 @@ inline void transpose_tile(char* tile) {
   for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * kTileRowBytes, rows[i]);
 }
 
-// Packs 16 lines across × 32 steps of depth, or as many of them as exist, into a tile for each part.
-template <int Parts, bool Left, typename T>
-inline void pack_tile(const Operand<T>& a, int64_t first, int64_t across, int64_t k0, int64_t depth, char* tile) {
-  Pairs parts[Parts];
-  const bool along_depth = a.depth.stride == 1 && a.across.stride != 1;
-  if (along_depth) {
-    const Chunk low(a.depth, k0, depth, kLanes), high(a.depth, k0 + kLanes, depth - kLanes, kLanes);
-    for (int i = 0; i < 16; ++i) {
-      if (i < across) {
-        const T* line = a.data + a.across.offset(first + i);
-        split(load_chunk(line, a.depth, low), load_chunk(line, a.depth, high), parts);
-      } else {
-        split(zero(), zero(), parts);
-      }
-      store_row(tile, i, parts);
-    }
+// 16 lines that lie along the depth, at 32 steps of it: a row of pairs comes of each line.
+template <int Parts, typename T>
+inline void pack_lines(const Operand<T>& a, int64_t first, int64_t across, int64_t k0, int64_t depth, char* tile) {
+  const Chunk low(a.depth, k0, depth, kLanes), high(a.depth, k0 + kLanes, depth - kLanes, kLanes);
+  const auto line = [&](int i) { return a.data + a.across.offset(first + i); };
+  if (across >= 16 && low.is_vector(kLanes) && high.is_vector(kLanes)) {
+    split_rows<Parts>(tile, [&](int i, Vec& x, Vec& y) { x = load(line(i) + low.start), y = load(line(i) + high.start); });
   } else {
-    const Chunk chunk(a.across, first, across, kLanes);
-    const auto step = [&](int p) {
-      return p < depth ? load_chunk(a.data + a.depth.offset(k0 + p), a.across, chunk) : zero();
-    };
-    for (int p = 0; p < 16; ++p) {
-      split(step(p), step(p + 16), parts);
-      store_row(tile, p, parts);
-    }
+    split_rows<Parts>(tile, [&](int i, Vec& x, Vec& y) {
+      x = i < across ? load_chunk(line(i), a.depth, low) : zero();
+      y = i < across ? load_chunk(line(i), a.depth, high) : zero();
+    });
   }
-  if (along_depth != Left)
-    for (int s = 0; s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes);
+}
+
+// 32 steps of depth, of lines that lie across: a row of pairs comes of each two steps.
+template <int Parts, typename T>
+inline void pack_steps(const Operand<T>& a, int64_t first, int64_t across, int64_t k0, int64_t depth, char* tile) {
+  const Chunk chunk(a.across, first, across, kLanes);
+  const auto line = [&](int p) { return a.data + a.depth.offset(k0 + p); };
+  if (depth >= kDepth && chunk.is_vector(kLanes)) {
+    split_rows<Parts>(tile, [&](int p, Vec& x, Vec& y) {
+      x = load(line(p) + chunk.start), y = load(line(p + 16) + chunk.start);
+    });
+  } else {
+    split_rows<Parts>(tile, [&](int p, Vec& x, Vec& y) {
+      x = p < depth ? load_chunk(line(p), a.across, chunk) : zero();
+      y = p + 16 < depth ? load_chunk(line(p + 16), a.across, chunk) : zero();
+    });
+  }
 }
 
 template <int Parts, bool Left>
 inline void pack_tiles(const View& v, Direction across, Direction depth, int64_t first, int64_t n, int64_t k0,
                        int64_t k, void* out) {
-  with_operand(v, across, depth, [&](const auto& operand) {
-    char* tile = static_cast<char*>(out);
-    for (int64_t i = 0; i < n; i += kWidth)
-      for (int64_t p = 0; p < k; p += kDepth, tile += Parts * 2 * kTileBytes)
-        for (int half = 0; half < 2; ++half) {
-          const int64_t skip = i + half * 16;
-          pack_tile<Parts, Left>(operand, first + skip, n - skip, k0 + p, k - p, tile + half * kTileBytes);
-        }
+  constexpr int64_t block_bytes = Parts * 2 * kTileBytes;
+  const bool along_depth = depth.stride == 1 && across.stride != 1;
+  const int64_t panel_bytes = (k + kDepth - 1) / kDepth * block_bytes;
+  with_operand(v, across, depth, [&](const auto& a) {
+    const auto pack_tile = [&](int64_t i, int64_t p) {
+      char* tile = static_cast<char*>(out) + i / kWidth * panel_bytes + p / kDepth * block_bytes + i % kWidth / 16 * kTileBytes;
+      if (along_depth)
+        pack_lines<Parts>(a, first + i, n - i, k0 + p, k - p, tile);
+      else
+        pack_steps<Parts>(a, first + i, n - i, k0 + p, k - p, tile);
+      if (along_depth != Left)
+        for (int s = 0; s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes);
+    };
+    // Memory is read in its own order.
+    const int64_t width = round_up(n, kWidth);
+    if (along_depth) {
+      for (int64_t i = 0; i < width; i += 16)
+        for (int64_t p = 0; p < k; p += kDepth) pack_tile(i, p);
+    } else {
+      for (int64_t p = 0; p < k; p += kDepth)
+        for (int64_t i = 0; i < width; i += 16) pack_tile(i, p);
+    }
   });
 }
 
