@@ -84,8 +84,10 @@ const std::vector<Level>& levels() {
 #endif
 #if defined(__x86_64__)
   static const bool has[] = {amx && has_amx(), has_avx512(), has_avx2(), false};
+#elif defined(__aarch64__)
+  static const bool has[] = {false, false, false, true};
 #else
-  static const bool has[] = {false, false, false, neon != nullptr};
+  static const bool has[] = {false, false, false, false};
 #endif
   static const std::vector<Level> all = {{"amx", amx, has[0]},
                                          {"avx512", avx512, has[1]},

@@ -57,14 +57,12 @@ inline void transpose_panel(const Operand<T>& a, int64_t first, int64_t availabl
 #pragma GCC unroll 4
     for (int group = 0; group < Width; group += kLanes) {
       Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = zero();
       if (whole) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes && group + i < Width; ++i) block[i] = load(line[group + i] + chunk.start);
+        for (int i = 0; i < kLanes; ++i) block[i] = group + i < Width ? load(line[group + i] + chunk.start) : zero();
       } else {
-        for (int i = 0; i < kLanes && group + i < min(Width, available); ++i)
-          block[i] = load_chunk(line[group + i], a.depth, chunk);
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = group + i < min(Width, available) ? load_chunk(line[group + i], a.depth, chunk) : zero();
       }
       transpose(block);
       float* row = out + p * Width + group;
