@@ -18,6 +18,7 @@ struct InteractionBlock {
 };
 
 struct Elementwise {
+  int lanes;  // of a vector; blocks on a diagonal are handled in squares of that side
   void (*widen)(const void* x, Dtype, int64_t n, float* out);
   // out = scale · x, rounded. In place for float32.
   void (*narrow)(const float* x, float scale, int64_t n, Dtype, void* out);

@@ -230,8 +230,9 @@ void attention_gradient(const float* phi, int64_t n, float* p) {
     store_lanes(p + i, all(1.0f) - load_lanes(phi + i, n - i) - load_lanes(p + i, n - i), n - i);
 }
 
-constexpr Elementwise kElementwise = {widen,       narrow, dot,     add_scaled,  transpose_block,  square_sums,
-                                      weigh,       softmax, interaction, softmax_gradient, attention_gradient};
+constexpr Elementwise kElementwise = {
+    kLanes,       widen, narrow,  dot,         add_scaled,       transpose_block,
+    square_sums,  weigh, softmax, interaction, softmax_gradient, attention_gradient};
 
 }  // namespace
 }  // namespace safr

@@ -1,0 +1,115 @@
+// Blocked products over a unit's Product: operands are packed once, then register tiles run over their panels.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "kernels.hpp"
+#include "threads.hpp"
+
+namespace safr {
+
+// Depth of k that tiles run over at once, so that a panel stays in the first-level cache.
+constexpr int64_t kDepth = 256;
+
+inline int64_t divide_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
+inline int64_t round_up(int64_t x, int64_t unit) { return divide_up(x, unit) * unit; }
+
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+inline const Product& product_for(const Kernels& kernels, Dtype dtype, Precision precision) {
+  if (dtype == Dtype::bfloat16) return kernels.bfloat16;
+  return kernels.float32[int(dtype == Dtype::float32 ? precision : Precision::highest)];
+}
+
+// Side of the square blocks that a Gram matrix is made in: whole panels both ways, within the second-level cache.
+inline int64_t block_side(const Product& p) {
+  const int64_t step = std::lcm(p.mr, p.nr);
+  return std::max(step, 256 / step * step);
+}
+
+// Row stride of a float32 buffer that tiles write whole panels into. Odd in cache lines, so that rows fall into
+// different sets.
+inline int64_t row_stride(const Product& p, int64_t cols) { return round_up(round_up(cols, p.nr), 32) + 16; }
+
+// Elements of such a buffer.
+inline int64_t buffer_size(const Product& p, int64_t rows, int64_t cols) {
+  return round_up(rows, p.mr) * row_stride(p, cols);
+}
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+inline Range block(int64_t index, int64_t side, int64_t total) {
+  return {index * side, std::min((index + 1) * side, total)};
+}
+
+enum class Side { left, right };
+
+// One operand of a product, packed. Its lines are the rows of a left operand, the columns of a right one. For each
+// `depth` of k its panels lie one behind the other.
+class Operand {
+ public:
+  Operand(const Product& product, Side side, Workspace& workspace, int64_t lines, int64_t k, int64_t depth = kDepth)
+      : product(product), k(k), depth(depth), side_(side), panels_(divide_up(lines, width())) {
+    data_ = workspace.take<char>(panels_ * width() * round_up(k, product.k_unit) * bytes());
+  }
+
+  int64_t width() const { return side_ == Side::left ? product.mr : product.nr; }
+
+  // Packs `matrix` from its line `line` on into the lines `to` (which begin at a panel), for k in `ks` (which begins at
+  // a multiple of the depth); k counts from `k_origin` in the matrix.
+  void pack(const View& matrix, int64_t line, Range to, Range ks, int64_t k_origin = 0) const {
+    for (int64_t k0 = ks.begin; k0 < ks.end; k0 += depth) {
+      const int64_t count = std::min(depth, ks.end - k0);
+      void* out = data_ + offset(k0, to.begin / width());
+      if (side_ == Side::left)
+        product.pack_left(matrix, line, to.size(), k_origin + k0, count, out);
+      else
+        product.pack_right(matrix, k_origin + k0, count, line, to.size(), out);
+    }
+  }
+
+  // All of it, from the matrix's first line and k.
+  void pack(const View& matrix, int64_t line, int64_t lines) const { pack(matrix, line, {0, lines}, {0, k}); }
+
+  const void* panel(int64_t k0, int64_t index) const { return data_ + offset(k0, index); }
+  // Packed depth of the block that starts at k0.
+  int64_t padded(int64_t k0) const { return round_up(std::min(depth, k - k0), product.k_unit); }
+
+  const Product& product;
+  const int64_t k, depth;
+
+ private:
+  int64_t bytes() const { return side_ == Side::left ? product.left_bytes : product.right_bytes; }
+  int64_t offset(int64_t k0, int64_t index) const { return (panels_ * k0 + index * padded(k0)) * width() * bytes(); }
+
+  Side side_;
+  int64_t panels_;
+  char* data_;
+};
+
+constexpr int64_t kWhole = -(int64_t(1) << 62);
+
+// c = left[rows] · right[cols] summed over ks, added to c where `accumulate`. Ranges begin at panels, and at a multiple
+// of the depth; c has room for whole panels. Tiles that lie below the diagonal are left out: those whose first row, plus
+// `below`, is not less than the end of their columns.
+inline void multiply(const Operand& left, Range rows, const Operand& right, Range cols, Range ks, float* c,
+                     int64_t stride, bool accumulate = false, int64_t below = kWhole) {
+  const Product& p = left.product;
+  for (int64_t k0 = ks.begin; k0 < ks.end; k0 += left.depth) {
+    const bool add = accumulate || k0 > ks.begin;
+    // A left panel stays in the first-level cache while the right ones pass by.
+    for (int64_t i = rows.begin; i < rows.end; i += p.mr) {
+      for (int64_t j = cols.begin; j < cols.end; j += p.nr) {
+        if (i + below >= j + p.nr) continue;
+        p.tile(left.padded(k0), left.panel(k0, i / p.mr), right.panel(k0, j / p.nr),
+               c + (i - rows.begin) * stride + j - cols.begin, stride, add);
+      }
+    }
+  }
+}
+
+}  // namespace safr

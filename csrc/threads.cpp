@@ -1,0 +1,104 @@
+#include "threads.hpp"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#if defined(__linux__)
+#include <link.h>
+#include <sys/mman.h>
+
+#include <cstring>
+#endif
+
+namespace safr {
+namespace {
+
+constexpr size_t kKept = 8 << 20;       // bytes a thread holds on to between calls
+constexpr size_t kSmallest = 1 << 18;   // bytes of a first chunk
+constexpr size_t kHugePage = 2 << 20;
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// The OpenMP runtime that the process has already, which is torch's own: two runtimes would fight over the cores.
+GompParallel find_gomp_parallel() {
+  void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+#if defined(__linux__)
+  if (!symbol) {
+    dl_iterate_phdr(
+        [](dl_phdr_info* library, size_t, void* found) {
+          if (!library->dlpi_name || !std::strstr(library->dlpi_name, "libgomp")) return 0;
+          void* handle = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+          if (handle) *static_cast<void**>(found) = dlsym(handle, "GOMP_parallel");
+          return handle ? 1 : 0;
+        },
+        &symbol);
+  }
+#endif
+  return reinterpret_cast<GompParallel>(symbol);
+}
+
+const pid_t kLoadingProcess = getpid();
+
+}  // namespace
+
+void Workspace::Free::operator()(char* p) const { std::free(p); }
+
+Workspace& Workspace::own() {
+  static thread_local Workspace workspace;
+  return workspace;
+}
+
+void* Workspace::take_bytes(size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  // A chunk that cannot hold the request is passed over until it is given back.
+  while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
+  if (chunk_ == chunks_.size()) {
+    size_t size = bytes > kSmallest ? bytes : kSmallest;
+    const size_t alignment = size >= kHugePage ? kHugePage : 64;
+    size = (size + alignment - 1) / alignment * alignment;
+    char* data = static_cast<char*>(std::aligned_alloc(alignment, size));
+    if (!data) throw std::bad_alloc();
+#if defined(__linux__)
+    if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // a page fault costs as much as a thousand multiply-adds
+#endif
+    chunks_.push_back({std::unique_ptr<char, Free>(data), size});
+  }
+  void* start = chunks_[chunk_].data.get() + used_;
+  used_ += bytes;
+  return start;
+}
+
+void Workspace::trim() {
+  if (chunk_ != 0 || used_ != 0) return;
+  size_t total = 0;
+  for (const Chunk& chunk : chunks_) total += chunk.size;
+  if (total > kKept) chunks_.clear();
+}
+
+void run_workers(int threads, void (*worker)(void*), void* context) {
+  if (threads <= 1) {
+    worker(context);
+    return;
+  }
+  // After a fork, an OpenMP runtime waits for threads that the child does not have.
+  static const GompParallel gomp_parallel = find_gomp_parallel();
+  if (gomp_parallel && getpid() == kLoadingProcess) {
+    gomp_parallel(worker, context, unsigned(threads), 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(worker, context);
+  } catch (const std::system_error&) {
+    // Those that did start, and this one, do all the work.
+  }
+  worker(context);
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace safr

@@ -1,0 +1,200 @@
+"""The CPU back end: the two primitives over the extension ``safr_fast._cpu``.
+
+Checks live in the public layer; here tensors become addresses, sizes and strides. NumPy has no bfloat16, and one
+extension serves every version of torch because it knows none.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    from safr_fast import _cpu
+except ImportError as error:
+    _cpu = None
+    _import_error = str(error)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+
+
+def unavailable_reason(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why this back end cannot serve tensors of that kind, or any where none is named; None if it can."""
+    if _cpu is None:
+        return (
+            f"the extension safr_fast._cpu is not built ({_import_error}); it needs a C++17 compiler when the package"
+            " is installed: pip install --force-reinstall --no-binary safr-fast safr-fast, or pip install . in the"
+            " source tree"
+        )
+    if device_type not in (None, "cpu"):
+        return f"its kernels run on the CPU, the tensors are on {device_type}: move them, or use another impl"
+    if dtype is not None and dtype not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        return f'it computes {names}, not {str(dtype).removeprefix("torch.")}: cast, or use impl="reference"'
+    try:
+        _cpu.isa()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def description() -> str:
+    return f"C++ kernels at level {_cpu.isa()} (of {', '.join(_cpu.available_isas())})"
+
+
+def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
+    """Real tokens from which on a sequence takes the feature path: where forward and backward together cost the same.
+
+    It does not depend on ``precision``, so that a backward pass finds the moments that its forward pass saved even
+    where the setting changed in between.
+    """
+    return max(1, math.ceil((2.6 if dtype == torch.bfloat16 else 1.8) * E))
+
+
+def _strided(x: Tensor) -> tuple[int, ...]:
+    """Address and strides of ``(B, T)``, or of ``(N,)`` as one sample."""
+    return x.data_ptr(), *((0,) * (2 - x.dim())), *x.stride()
+
+
+def _options() -> dict[str, int]:
+    return {"precision": _PRECISIONS[torch.get_float32_matmul_precision()], "threads": torch.get_num_threads()}
+
+
+def _layout(mask: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, tuple[int, ...] | None]:
+    return {
+        "mask": None if mask is None else _strided(mask),
+        "cu_seqlens": None if cu_seqlens is None else (cu_seqlens.data_ptr(), cu_seqlens.shape[0]),
+    }
+
+
+def _inner_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> "_cpu.Hidden":
+    samples = h if h.dim() == 3 else h.unsqueeze(0)  # (B, T, E)
+    return _cpu.Hidden(
+        h=samples.data_ptr(),
+        dtype=_DTYPES[h.dtype],
+        shape=samples.shape,
+        strides=samples.stride()[:2],
+        threshold=moment_threshold(h.shape[-1], h.dtype, torch.get_float32_matmul_precision()),
+        **_layout(mask, cu_seqlens),
+        **_options(),
+    )
+
+
+def row_energy(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from safr_fast.ops.row_energy import moment_slots
+
+    E = h.shape[-1]
+    h = _inner_contiguous(h)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    threshold = moment_threshold(E, h.dtype, torch.get_float32_matmul_precision())
+    slots = moment_slots(h.shape, cu_seqlens is not None, threshold) if save_moments else 0
+    energy = torch.empty(h.shape[:-1], dtype=torch.float32)  # (B, T) or (N,)
+    squared_norm = torch.empty_like(energy)
+    moments = torch.empty(slots, E, E, dtype=torch.float32)
+    _cpu.row_energy(
+        _hidden(h, mask, cu_seqlens), energy.data_ptr(), squared_norm.data_ptr(), moments.data_ptr(), slots
+    )
+    return energy, squared_norm, moments
+
+
+def row_energy_backward(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    squared_norm: Tensor,
+    moments: Tensor,
+    grad_energy: Tensor,
+    grad_squared_norm: Tensor,
+) -> Tensor:
+    h = _inner_contiguous(h)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    energy, squared_norm, moments = energy.contiguous(), squared_norm.contiguous(), moments.contiguous()
+    grad_h = torch.empty(h.shape, dtype=h.dtype)  # (B, T, E) or (N, E)
+    _cpu.row_energy_backward(
+        _hidden(h, mask, cu_seqlens),
+        energy.data_ptr(),
+        squared_norm.data_ptr(),
+        moments.data_ptr(),
+        moments.shape[0],
+        _strided(grad_energy),
+        _strided(grad_squared_norm),
+        grad_h.data_ptr(),
+    )
+    return grad_h
+
+
+def _heads(x: Tensor, packed: bool = False) -> tuple[int, ...]:
+    """Address, dtype and strides of sample, head and token of ``(B, H, T, D)``, or of packed ``(N, H, D)``."""
+    strides = (0, x.stride(1), x.stride(0)) if packed else x.stride()[:3]
+    return x.data_ptr(), _DTYPES[x.dtype], *strides
+
+
+def interaction(
+    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    attention = _inner_contiguous(attention)
+    B, H, T, _ = attention.shape
+    total = torch.empty(B, H, dtype=torch.float32)
+    grad = torch.empty(attention.shape if need_grad else 0, dtype=attention.dtype)
+    _cpu.interaction(
+        attention=_heads(attention),
+        samples=B,
+        heads=H,
+        tokens=T,
+        mask=None if mask is None else _strided(mask),
+        squared=squared,
+        exclude_diagonal=exclude_diagonal,
+        total=total.data_ptr(),
+        grad=grad.data_ptr(),
+        **_options(),
+    )
+    return total, grad
+
+
+def interaction_from_qk(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed = cu_seqlens is not None
+    q, k = _inner_contiguous(q), _inner_contiguous(k)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    H, D = q.shape[1], q.shape[-1]
+    samples, tokens = (1, q.shape[0]) if packed else (q.shape[0], q.shape[2])
+    sequences = samples if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    total = torch.empty(sequences, H, dtype=torch.float32)
+    grad_q = torch.empty(q.shape if need_grad else 0, dtype=torch.float32)
+    grad_k = torch.empty_like(grad_q)  # each query head's own part of the gradient of its key head
+    _cpu.interaction_from_qk(
+        q=_heads(q, packed),
+        k=_heads(k, packed),
+        samples=samples,
+        heads=H,
+        group=max(1, H // max(1, k.shape[1])),
+        tokens=tokens,
+        width=D,
+        scale=scale,
+        causal=is_causal,
+        squared=squared,
+        exclude_diagonal=exclude_diagonal,
+        total=total.data_ptr(),
+        grad_q=grad_q.data_ptr(),
+        grad_k=grad_k.data_ptr(),
+        **_layout(mask, cu_seqlens),
+        **_options(),
+    )
+    return total, grad_q, grad_k
