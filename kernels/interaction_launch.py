@@ -1,0 +1,199 @@
+"""Launches primitive 2 over samples of one padded length: chunks of heads whose T×T matrices fit a bounded workspace.
+
+Per head the workspace holds A, M and φ(G), the last of which ∂L/∂s replaces: 6 T² bytes for 16-bit input, 12 T² for
+float32. Every head is computed alone, so that results do not depend on the chunk.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configs
+from .attention_workspace import softmax_kernel, stage_kernel
+from .interaction_gradient import (
+    attention_gradient_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+    score_gradient_kernel,
+)
+from .interaction_gram import interaction_gram_kernel
+from .tensors import readable, spans
+
+WORKSPACE_BYTES = 64 << 20
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How T×T matrices are stored and multiplied."""
+
+    matrix: torch.dtype
+    score_gradient: torch.dtype
+    attention_scale: float
+    pair_scale: float
+    precision: str
+
+    @classmethod
+    def of_scores(cls, q: Tensor) -> "Arithmetic":
+        """A softmax's weights are at most 1 and M at most 4: fixed powers of 2 spread them over float16's range."""
+        precision = configs.product_precision(q.dtype, q.device)
+        if q.dtype == torch.float32 and precision != "bf16":
+            return cls(torch.float32, torch.float32, 1.0, 1.0, precision)
+        score_gradient = torch.float16 if q.dtype == torch.float16 else torch.bfloat16
+        return cls(torch.float16, score_gradient, 2.0**15, 2.0**13, precision)
+
+    @classmethod
+    def of_attention(cls, attention: Tensor) -> "Arithmetic":
+        """Weights that are given are bounded by nothing: they keep bfloat16's range, or float32's."""
+        dtype = torch.bfloat16 if attention.dtype == torch.bfloat16 else torch.float32
+        return cls(dtype, dtype, 1.0, 1.0, configs.product_precision(attention.dtype, attention.device))
+
+
+class Workspace:
+    """T×T matrices of one chunk of heads, what is summed over their tiles, and the kernels between them."""
+
+    def __init__(
+        self, sample: Tensor, span: Tensor | None, arithmetic: Arithmetic, squared: bool, exclude_diagonal: bool,
+        is_causal: bool, need_grad: bool,
+    ) -> None:  # fmt: skip
+        batch, self.H, self.T = sample.shape[:3]
+        self.span = span
+        self.arithmetic = arithmetic
+        self.form = {"SQUARED": squared, "EXCLUDE_DIAGONAL": exclude_diagonal}
+        self.is_causal = is_causal
+        self.config = configs.config("interaction", arithmetic.matrix, self.T, sample.device)
+        self.tiles = triton.cdiv(self.T, self.config.rows)
+        self.pitch = self.tiles * self.config.rows
+        self.total = sample.new_empty(batch, self.H, dtype=torch.float32)
+
+        matrices = 3 if need_grad else 1
+        fitting = WORKSPACE_BYTES // (matrices * self.pitch**2 * arithmetic.matrix.itemsize)
+        self.heads = max(1, min(batch * self.H, fitting))
+        matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
+        self.attention = matrix[0]
+        self.pair, self.phi = matrix[1:] if need_grad else (None, None)
+        self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
+        self.row_sum = self.total.new_empty(self.heads, self.pitch)
+        self.loss = self.total.new_empty(self.heads, self.tiles, self.tiles)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """First head and number of heads of each chunk, over samples and heads together."""
+        count = self.total.numel()
+        return [(first, min(self.heads, count - first)) for first in range(0, count, self.heads)]
+
+    def gram(self, head0: int, heads: int) -> None:
+        """The loss of a chunk and, for the gradient, M, φ(G) and the row term."""
+        loss = self.loss[:heads].zero_()
+        interaction_gram_kernel[(self.tiles, self.tiles, heads)](
+            self.attention, self.span, self.pair, self.phi, self.row_term, loss,
+            self.T, self.H, head0, self.pitch, self.tiles,
+            self.arithmetic.attention_scale, self.arithmetic.pair_scale,
+            BLOCK=self.config.rows, BLOCK_K=self.config.features, IS_CAUSAL=self.is_causal, **self.form,
+            PRECISION=self.arithmetic.precision, **self.config.execution,
+        )  # fmt: skip
+        torch.sum(loss, (1, 2), out=self.total.view(-1)[head0 : head0 + heads])
+
+
+def from_attention(
+    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    grad = attention.new_zeros(attention.shape if need_grad else 0)
+    if attention.numel() == 0:
+        return attention.new_zeros(attention.shape[:2], dtype=torch.float32), grad
+    attention = readable(attention)
+    mask, span = spans(mask)
+    work = Workspace(attention, span, Arithmetic.of_attention(attention), squared, exclude_diagonal, False, need_grad)
+    config = work.config
+    for head0, heads in work.chunks():
+        grid = (work.tiles, work.tiles, heads)
+        stage_kernel[grid](
+            attention, mask, span, work.attention, work.T, work.H, head0, work.pitch, *attention.stride()[:3],
+            BLOCK=config.rows,
+        )  # fmt: skip
+        work.gram(head0, heads)
+        if need_grad:
+            attention_gradient_kernel[grid](
+                work.attention, work.pair, work.phi, mask, span, grad, work.T, work.H, head0, work.pitch,
+                BLOCK=config.rows, BLOCK_K=config.features, PRECISION=work.arithmetic.precision, **config.execution,
+            )  # fmt: skip
+    return work.total, grad
+
+
+def from_qk(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k = q.new_zeros(2, *q.shape, dtype=torch.float32) if need_grad else q.new_zeros(2, 0)
+    if q.shape[:3].numel() == 0:
+        return q.new_zeros(q.shape[:2], dtype=torch.float32), grad_q, grad_k
+    q, k = readable(q), readable(k)
+    mask, span = spans(mask)
+    work = Workspace(q, span, Arithmetic.of_scores(q), squared, exclude_diagonal, is_causal, need_grad)
+    for head0, heads in work.chunks():
+        _launch_softmax(work, q, k, mask, head0, heads, scale)
+        work.gram(head0, heads)
+        if need_grad:
+            score_grad, score_grad_scale = _launch_score_gradient(work, head0, heads)
+            _launch_query_and_key_gradient(
+                work, score_grad, score_grad_scale, q, k, mask, head0, heads, scale, grad_q, grad_k
+            )
+    return work.total, grad_q, grad_k
+
+
+def _launch_softmax(
+    work: Workspace, q: Tensor, k: Tensor, mask: Tensor | None, head0: int, heads: int, scale: float
+) -> None:
+    config = configs.config("softmax", q.dtype, q.shape[-1], q.device)
+    softmax_kernel[(work.tiles, heads)](
+        q, k, mask, work.span, work.attention, work.row_sum,
+        work.T, q.shape[-1], work.H, work.H // k.shape[1], head0, work.pitch, *q.stride()[:3], *k.stride()[:3],
+        scale * LOG2_E, work.arithmetic.attention_scale,
+        BLOCK=work.config.rows, BLOCK_D=config.features, IS_CAUSAL=work.is_causal,
+        PRECISION=work.arithmetic.precision, **config.execution,
+    )  # fmt: skip
+
+
+def _launch_score_gradient(work: Workspace, head0: int, heads: int) -> tuple[Tensor, Tensor]:
+    """∂L/∂s in place of φ, and the power of 2 that each tile of its rows is scaled by."""
+    score_grad = work.phi.view(work.arithmetic.score_gradient)
+    score_grad_scale = work.total.new_empty(heads, work.tiles)
+    config = work.config
+    score_gradient_kernel[(work.tiles, work.tiles, heads)](
+        work.attention, work.pair, work.phi, work.row_term, work.row_sum, work.span, score_grad, score_grad_scale,
+        work.T, work.H, head0, work.pitch, work.tiles, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
+        BLOCK=config.rows, BLOCK_K=config.features, IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision,
+        **config.execution,
+    )  # fmt: skip
+    return score_grad, score_grad_scale
+
+
+def _launch_query_and_key_gradient(
+    work: Workspace, score_grad: Tensor, score_grad_scale: Tensor, q: Tensor, k: Tensor, mask: Tensor | None,
+    head0: int, heads: int, scale: float, grad_q: Tensor, grad_k: Tensor,
+) -> None:  # fmt: skip
+    D = q.shape[-1]
+    config = configs.config("query_key_gradient", q.dtype, D, q.device)
+    grid = (work.tiles, triton.cdiv(D, config.features), heads)
+    options = {
+        "BLOCK": work.config.rows,
+        "BLOCK_D": config.features,
+        "IS_CAUSAL": work.is_causal,
+        "PRECISION": work.arithmetic.precision,
+        **config.execution,
+    }
+    query_gradient_kernel[grid](
+        score_grad, score_grad_scale, k, mask, work.span, grad_q,
+        work.T, D, work.H, work.H // k.shape[1], head0, work.pitch, work.tiles, *k.stride()[:3], scale, **options,
+    )  # fmt: skip
+    key_gradient_kernel[grid](
+        score_grad, score_grad_scale, q, mask, work.span, grad_k,
+        work.T, D, work.H, head0, work.pitch, work.tiles, *q.stride()[:3], scale, **options,
+    )  # fmt: skip

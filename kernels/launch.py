@@ -1,0 +1,77 @@
+"""The Triton back end as the ops see it. Triton itself is imported by the first call that computes something."""
+
+import torch
+from torch import Tensor
+
+from .availability import description, unavailable_reason
+from .configs import moment_threshold
+
+__all__ = [
+    "description",
+    "interaction",
+    "interaction_from_qk",
+    "moment_threshold",
+    "row_energy",
+    "row_energy_backward",
+    "unavailable_reason",
+]
+
+
+def row_energy(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy ``(B, T)``, squared norm ``(B, T)``, and moments ``(slots, E, E)`` of the long sequences."""
+    from . import row_energy_launch
+
+    with torch.cuda.device_of(h):
+        return row_energy_launch.forward(h, mask, cu_seqlens, save_moments)
+
+
+def row_energy_backward(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    squared_norm: Tensor,
+    moments: Tensor,
+    grad_energy: Tensor,
+    grad_squared_norm: Tensor,
+) -> Tensor:
+    """Gradient of ``h``, from those of the energy and of the squared norm."""
+    from . import row_energy_launch
+
+    with torch.cuda.device_of(h):
+        return row_energy_launch.backward(
+            h, mask, cu_seqlens, energy, squared_norm, moments, grad_energy, grad_squared_norm
+        )
+
+
+def interaction(
+    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Pair sums ``(B, H)`` of stored attention, and their gradient."""
+    from . import interaction_launch
+
+    with torch.cuda.device_of(attention):
+        return interaction_launch.from_attention(attention, mask, squared, exclude_diagonal, need_grad)
+
+
+def interaction_from_qk(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pair sums ``(B, H)`` of the attention of queries and keys, and their gradients, the keys' for each query head."""
+    from . import interaction_launch, interaction_packed_launch
+
+    form = (scale, is_causal, squared, exclude_diagonal, need_grad)
+    with torch.cuda.device_of(q):
+        if cu_seqlens is None:
+            return interaction_launch.from_qk(q, k, mask, *form)
+        return interaction_packed_launch.from_qk(q, k, cu_seqlens, *form)

@@ -1,0 +1,185 @@
+"""Launches primitive 1: which kernels serve a batch, and over which grids."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .row_energy_moment import moment_backward_kernel, moment_kernel, quadratic_form_kernel
+from .row_energy_repair import row_energy_repair_backward_kernel, row_energy_repair_kernel
+from .row_energy_token import row_energy_token_backward_kernel, row_energy_token_kernel
+from .row_energy_wide import row_energy_wide_backward_kernel, row_energy_wide_kernel
+from .tensors import readable, spans
+
+NEVER = 2**31 - 1
+PARTIAL_BYTES = 64 << 20
+PROGRAMS = 256  # fills a large GPU twice; a constant, so that the order of sums does not depend on the device
+
+
+class Batch:
+    """The sequences of one call, and what every kernel wants to know of them."""
+
+    def __init__(self, h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        self.h = readable(h)
+        self.packed = cu_seqlens is not None
+        self.S, self.T = (cu_seqlens.shape[0] - 1, h.shape[0]) if self.packed else h.shape[:2]
+        self.E = h.shape[-1]
+        threshold = configs.moment_threshold(self.E, h.dtype, torch.get_float32_matmul_precision())
+        self.slots = self.T // threshold if self.packed else self.S if self.T >= threshold else 0
+        self.threshold = threshold if self.slots else NEVER
+        self.some_short = self.slots == 0 or self.packed or mask is not None
+        self.mask, self.spans = spans(mask)
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.guard = configs.moment_guard(h.dtype)
+        self.precision = configs.product_precision(h.dtype, h.device)
+        self.derived = tl.bfloat16 if h.dtype == torch.bfloat16 else tl.float32
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.h, self.mask, self.spans, self.cu_seqlens
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        strides = (0, self.h.stride(0)) if self.packed else self.h.stride()[:2]
+        return self.S, self.T, self.E, self.threshold, *strides
+
+    def tiles(self, rows: int) -> int:
+        """Slots for the tiles of all sequences, see ``tiles.tile_of``."""
+        return self.T // rows + self.S if self.packed else self.S * triton.cdiv(self.T, rows)
+
+    def config(self, kernel: str) -> configs.Config:
+        return configs.config(kernel, self.h.dtype, self.E, self.h.device)
+
+    @property
+    def is_wide(self) -> bool:
+        return self.E > configs.WIDEST_ROW
+
+
+def forward(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    energy = h.new_zeros(h.shape[:-1], dtype=torch.float32)
+    norm = torch.zeros_like(energy)
+    batch = Batch(h, mask, cu_seqlens)
+    moments = energy.new_empty(batch.slots, batch.E, batch.E)
+    if h.numel() > 0 and batch.S > 0:
+        if batch.slots > 0:
+            _launch_moment(batch, moments)
+            _launch_quadratic_form(batch, moments, energy, norm)
+            _launch_repair(batch, energy, norm)
+        if batch.some_short:
+            _launch_token(batch, energy, norm)
+    return energy, norm, moments if save_moments else moments.new_empty(0, batch.E, batch.E)
+
+
+def backward(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    norm: Tensor,
+    moments: Tensor,
+    grad_energy: Tensor,
+    grad_norm: Tensor,
+) -> Tensor:
+    every_row_is_written = mask is None and cu_seqlens is None
+    grad_h = (torch.empty if every_row_is_written else torch.zeros)(h.shape, dtype=h.dtype, device=h.device)
+    batch = Batch(h, mask, cu_seqlens)
+    if h.numel() > 0 and batch.S > 0:
+        energy, norm, grad_energy, grad_norm = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
+        if batch.slots > 0:
+            weighted = torch.empty_like(moments)
+            _launch_moment(batch, weighted, energy, norm, grad_energy)
+            _launch_moment_backward(batch, moments, weighted, energy, norm, grad_energy, grad_norm, grad_h)
+            _launch_repair_backward(batch, energy, norm, grad_energy, grad_norm, grad_h)
+        if batch.some_short:
+            _launch_token_backward(batch, grad_energy, grad_norm, grad_h)
+    return grad_h
+
+
+def _launch_token(batch: Batch, energy: Tensor, norm: Tensor) -> None:
+    kernel = row_energy_wide_kernel if batch.is_wide else row_energy_token_kernel
+    config = batch.config("wide" if batch.is_wide else "token")
+    kernel[(batch.tiles(config.rows),)](
+        *batch.tensors, energy, norm, *batch.sizes,
+        BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
+        **config.execution,
+    )  # fmt: skip
+
+
+def _launch_token_backward(batch: Batch, grad_energy: Tensor, grad_norm: Tensor, grad_h: Tensor) -> None:
+    tensors = (*batch.tensors, grad_energy, grad_norm, grad_h)
+    if batch.is_wide:
+        config = batch.config("wide_backward")
+        grid = (batch.tiles(config.rows), triton.cdiv(batch.E, config.out))
+        row_energy_wide_backward_kernel[grid](
+            *tensors, *batch.sizes,
+            BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
+            DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+        )  # fmt: skip
+    else:
+        config = batch.config("token_backward")
+        row_energy_token_backward_kernel[(batch.tiles(config.rows),)](
+            *tensors, *batch.sizes,
+            BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features,
+            DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+        )  # fmt: skip
+
+
+def _launch_moment(
+    batch: Batch,
+    moments: Tensor,
+    energy: Tensor | None = None,
+    norm: Tensor | None = None,
+    grad_energy: Tensor | None = None,
+) -> None:
+    """Fills ``moments``, weighted by ``grad_energy`` if given. Long sequences are shared out, and the shares summed."""
+    config = batch.config("moment")
+    pairs = triton.cdiv(batch.E, config.features) ** 2
+    most = min(PARTIAL_BYTES // (4 * moments.numel()), triton.cdiv(batch.T, 4 * config.rows))
+    shares = max(1, min(PROGRAMS // (pairs * batch.slots), most))
+    partial = moments.new_empty(shares, *moments.shape) if shares > 1 else moments
+    moment_kernel[(pairs, shares, batch.slots)](
+        *batch.tensors, energy, norm, grad_energy, partial, *batch.sizes, batch.guard,
+        BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
+        **config.execution,
+    )  # fmt: skip
+    if shares > 1:
+        torch.sum(partial, 0, out=moments)
+
+
+def _launch_quadratic_form(batch: Batch, moments: Tensor, energy: Tensor, norm: Tensor) -> None:
+    config = batch.config("quadratic_form")
+    quadratic_form_kernel[(batch.tiles(config.rows),)](
+        *batch.tensors, moments, energy, norm, *batch.sizes,
+        BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
+        **config.execution,
+    )  # fmt: skip
+
+
+def _launch_repair(batch: Batch, energy: Tensor, norm: Tensor) -> None:
+    config = batch.config("wide")
+    row_energy_repair_kernel[(batch.tiles(config.rows),)](
+        *batch.tensors, energy, norm, *batch.sizes, batch.guard,
+        BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
+        **config.execution,
+    )  # fmt: skip
+
+
+def _launch_moment_backward(batch: Batch, moments: Tensor, weighted: Tensor, *rows_and_grad_h: Tensor) -> None:
+    config = batch.config("moment_backward")
+    moment_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
+        *batch.tensors, moments, weighted, *rows_and_grad_h, *batch.sizes, batch.guard,
+        BLOCK_T=config.rows, BLOCK_E=config.features, BLOCK_OUT=config.out,
+        DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+    )  # fmt: skip
+
+
+def _launch_repair_backward(batch: Batch, *rows_and_grad_h: Tensor) -> None:
+    config = batch.config("wide_backward")
+    row_energy_repair_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
+        *batch.tensors, *rows_and_grad_h, *batch.sizes, batch.guard,
+        BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
+        DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+    )  # fmt: skip

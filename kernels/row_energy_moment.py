@@ -1,0 +1,176 @@
+"""Row energy by the feature moment ``S = hᵀh``: linear in the number of tokens.
+
+``R_i = h_iᵀ S h_i − n2_i²``, and ``∂L/∂h_i = 2 [α_i S h_i + S_α h_i − 2 α_i n2_i h_i + β_i h_i]`` with
+``S_α = Σ_j α_j h_j h_jᵀ``. Sequences of ``threshold`` tokens or more take this path. Padded, a sequence's slot is its
+number; packed, ``cu[s] // threshold``, which no two sequences that long can share.
+"""
+
+import triton
+import triton.language as tl
+
+from .row_energy_repair import cancels
+from .tiles import (
+    count_of,
+    first_row,
+    last_sequence,
+    load_rows,
+    offset_of,
+    product,
+    real_tokens,
+    sequence_ptr,
+    span_of,
+    store_rows,
+    tile_of,
+)
+
+
+@triton.jit
+def slot_of(sequence, cu_ptr, T, threshold):
+    slot = sequence
+    if cu_ptr is not None:
+        slot = offset_of(sequence, cu_ptr, T) // threshold
+    return slot
+
+
+@triton.jit
+def sequence_in(slot, cu_ptr, S, T, threshold):
+    """The sequence that may own a slot; it does if ``slot_of`` says so and it is long enough."""
+    sequence = slot
+    if cu_ptr is not None:
+        sequence = last_sequence(slot, cu_ptr, S, T, threshold, 0)
+    return sequence
+
+
+@triton.jit(do_not_specialize=["S", "T", "threshold"])
+def moment_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr, energy_ptr, norm_ptr, grad_energy_ptr, moment_ptr,
+    S, T, E, threshold,
+    stride_hb, stride_ht,
+    guard,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, DERIVED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One share of ``Σ_t h_t h_tᵀ``, to (shares, slots, E, E); with ``grad_energy`` each token weighs ``α_t``.
+
+    Tokens whose energy cancels weigh 0 there: their share is made directly.
+    """
+    pair, share, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    shares, slots = tl.num_programs(1), tl.num_programs(2)
+    sequence = sequence_in(slot, cu_ptr, S, T, threshold)
+    row = first_row(sequence, cu_ptr, T)
+    stop = span_of(sequence, cu_ptr, span_ptr, T)[1]
+    count = count_of(sequence, cu_ptr, span_ptr, T)
+    if count < threshold or slot_of(sequence, cu_ptr, T, threshold) != slot:
+        return
+    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
+    tiles = tl.cdiv(E, BLOCK_E)
+    a = pair // tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+    b = pair % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+    if pair % tiles > pair // tiles:  # S is symmetric
+        return
+    tokens = tl.cdiv(tl.cdiv(stop, BLOCK_T), shares) * BLOCK_T
+
+    moment = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
+    for t0 in range(share * tokens, tl.minimum((share + 1) * tokens, stop), BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        real = real_tokens(t, stop, row, mask_ptr)
+        h_a = load_rows(h_ptr, t0, stride_ht, real, a, E, BLOCK_T)
+        h_b = load_rows(h_ptr, t0, stride_ht, real, b, E, BLOCK_T)
+        if grad_energy_ptr is not None:
+            by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, t, real, guard) == 0)
+            alpha = tl.load(grad_energy_ptr + row + t, mask=by_moment, other=0.0)
+            h_a = h_a.to(DERIVED)
+            h_b = (alpha[:, None] * h_b.to(tl.float32)).to(DERIVED)
+        moment = product(h_a.trans(), h_b, moment, PRECISION)
+
+    moment_ptr += (share * slots + slot).to(tl.int64) * E * E
+    inside = (a < E)[:, None] & (b < E)[None, :]
+    tl.store(moment_ptr + a[:, None] * E + b[None, :], moment, mask=inside)
+    if pair % tiles < pair // tiles:
+        tl.store(moment_ptr + b[None, :] * E + a[:, None], moment, mask=inside)
+
+
+@triton.jit(do_not_specialize=["S", "T", "threshold"])
+def quadratic_form_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, energy_ptr, norm_ptr,
+    S, T, E, threshold,
+    stride_hb, stride_ht,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, DERIVED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``R_i = h_iᵀ S h_i − n2_i²``, never below 0."""
+    sequence, i0 = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK_T)
+    row = first_row(sequence, cu_ptr, T)
+    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
+    count = count_of(sequence, cu_ptr, span_ptr, T)
+    if count < threshold or i0 >= stop or i0 + BLOCK_T <= begin:
+        return
+    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
+    moment_ptr += slot_of(sequence, cu_ptr, T, threshold).to(tl.int64) * E * E
+    i = i0 + tl.arange(0, BLOCK_T)
+    real = real_tokens(i, stop, row, mask_ptr)
+
+    form = tl.zeros((BLOCK_T,), tl.float32)
+    norm = tl.zeros((BLOCK_T,), tl.float32)
+    for a0 in range(0, E, BLOCK_E):
+        a = a0 + tl.arange(0, BLOCK_E)
+        image = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+        for b0 in range(0, E, BLOCK_E):
+            h_b = load_rows(h_ptr, i0, stride_ht, real, b0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(DERIVED)
+            moment = moment_tile(moment_ptr, b0, a, E, BLOCK_E)
+            high = moment.to(DERIVED)
+            image = product(h_b, high, image, PRECISION)
+            if DERIVED != tl.float32:  # the rest of S: bfloat16 alone would leave R an error of 1e-3
+                image = product(h_b, (moment - high.to(tl.float32)).to(DERIVED), image, PRECISION)
+        h_a = load_rows(h_ptr, i0, stride_ht, real, a, E, BLOCK_T).to(tl.float32)
+        form += tl.sum(image * h_a, 1)
+        norm += tl.sum(h_a * h_a, 1)
+    tl.store(energy_ptr + row + i, tl.maximum(form - norm * norm, 0.0), mask=real)
+    tl.store(norm_ptr + row + i, norm, mask=real)
+
+
+@triton.jit
+def moment_tile(ptr, b0, a, E, BLOCK: tl.constexpr):
+    b = b0 + tl.arange(0, BLOCK)
+    return tl.load(ptr + b[:, None] * E + a[None, :], mask=(b < E)[:, None] & (a < E)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["S", "T", "threshold"])
+def moment_backward_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, weighted_ptr, energy_ptr, norm_ptr,
+    grad_energy_ptr, grad_norm_ptr, grad_h_ptr,
+    S, T, E, threshold,
+    stride_hb, stride_ht,
+    guard,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    DERIVED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``∂L/∂h_i`` of the rows whose energy did not cancel: one accumulator for ``S h_i`` and then ``S_α h_i``."""
+    sequence, i0 = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK_T)
+    row = first_row(sequence, cu_ptr, T)
+    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
+    count = count_of(sequence, cu_ptr, span_ptr, T)
+    if count < threshold or i0 >= stop or i0 + BLOCK_T <= begin:
+        return
+    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
+    slot = slot_of(sequence, cu_ptr, T, threshold).to(tl.int64)
+    moment_ptr += slot * E * E
+    weighted_ptr += slot * E * E
+    i = i0 + tl.arange(0, BLOCK_T)
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    real = real_tokens(i, stop, row, mask_ptr)
+    alpha = tl.load(grad_energy_ptr + row + i, mask=real, other=0.0)
+    beta = tl.load(grad_norm_ptr + row + i, mask=real, other=0.0)
+    norm = tl.load(norm_ptr + row + i, mask=real, other=0.0)
+
+    grad = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
+    for b0 in range(0, E, BLOCK_E):
+        h_b = load_rows(h_ptr, i0, stride_ht, real, b0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(DERIVED)
+        grad = product(h_b, moment_tile(moment_ptr, b0, out, E, BLOCK_E).to(DERIVED), grad, PRECISION)
+    grad *= alpha[:, None]
+    for b0 in range(0, E, BLOCK_E):
+        h_b = load_rows(h_ptr, i0, stride_ht, real, b0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(DERIVED)
+        grad = product(h_b, moment_tile(weighted_ptr, b0, out, E, BLOCK_E).to(DERIVED), grad, PRECISION)
+
+    h_i = load_rows(h_ptr, i0, stride_ht, real, out, E, BLOCK_T).to(tl.float32)
+    grad = 2.0 * (grad + (beta - 2.0 * alpha * norm)[:, None] * h_i)
+    by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, i, real, guard) == 0)
+    store_rows(grad_h_ptr, row + i0, by_moment, out, E, grad, BLOCK_T)
