@@ -32,6 +32,7 @@ struct Product {
   int k_unit;       // packed depth is k rounded up to a multiple of this, filled with zeros
   int left_bytes;   // bytes that one element of a packed left operand takes (splits included)
   int right_bytes;  // the same on the right
+  int depth;        // k that suits one call of tile: the left panel then stays in the first-level cache
 
   // Packs a[row0 : row0 + m, k0 : k0 + k] into ceil(m / mr) panels, one behind the other, each
   // mr * round_up(k, k_unit) * left_bytes long; missing rows are zeros. out is aligned to 64 bytes.

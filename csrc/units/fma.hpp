@@ -135,7 +135,7 @@ void tile(int64_t k, const void* left, const void* right, float* c, int64_t ldc,
 
 template <int Rows, int Vectors>
 constexpr Product fma_product = {
-    Rows, Vectors * kLanes, 1, sizeof(float), sizeof(float), pack_left<Rows>, pack_right<Vectors * kLanes>,
+    Rows, Vectors * kLanes, 1, sizeof(float), sizeof(float), 256, pack_left<Rows>, pack_right<Vectors * kLanes>,
     tile<Rows, Vectors>};
 
 }  // namespace

@@ -1,14 +1,17 @@
 // AMX: products of bfloat16 tiles with float32 sums. A float32 operand is split into bfloat16 parts of falling size,
 // x = x0 + x1 (+ x2), and the products of parts that matter are summed:
-//   highest   x2·y0 + x1·y0 + x1·y1 + x0·y1 + x0·y2 + x0·y0     24 bits: as float32 multiply-add
+//   highest   x2·y0 + x1·y0 + x1·y1 + x0·y1 + x0·y2 + x0·y0     as accurate as float32 multiply-add
 //   high      x1·y0 + x0·y0 + x0·y1                             16 bits
 //   medium    x0·y0                                              8 bits
+// Parts that would be denormal are lost: below 1e-33 in magnitude, numbers keep fewer bits than that. Above 3.39e38 they
+// round to infinity.
 //
-// A panel is 32 wide. For each 32 steps of depth and each part it holds two tiles of 16 rows of 64 bytes: on the left a
-// row is one row of the matrix, on the right a pair of steps of depth. Pairs are formed of steps p and p + 16, so that a
-// pair of plain vectors makes 16 of them on either side, whichever way the matrix lies in memory.
+// A panel is 32 wide. For each 32 steps of depth and each part it holds two tiles of 16 rows of 64 bytes. A row is one
+// row of the matrix on the left, and a pair of steps of depth on the right. Pairs are formed of steps p and p + 16: two
+// plain vectors then make 16 pairs lane by lane, whichever way the matrix lies in memory.
 #include "vector16.hpp"
 
+#include "../passes.hpp"
 #include "denormals.hpp"
 #include "fma.hpp"
 
@@ -38,7 +41,10 @@ inline __m512i take_part(Vec& x) {
 template <int Parts>
 inline void split(Vec low, Vec high, Pairs (&parts)[Parts]) {
 #pragma GCC unroll 4
-  for (int s = 0; s + 1 < Parts; ++s) parts[s] = _mm512_or_epi32(_mm512_srli_epi32(take_part(low), 16), take_part(high));
+  for (int s = 0; s + 1 < Parts; ++s) {
+    const __m512i upper = take_part(high);
+    parts[s] = _mm512_or_epi32(_mm512_srli_epi32(take_part(low), 16), upper);
+  }
   parts[Parts - 1] = round_pairs(low, high);
 }
 
@@ -71,7 +77,9 @@ inline void pack_lines(const Operand<T>& a, int64_t first, int64_t across, int64
   const Chunk low(a.depth, k0, depth, kLanes), high(a.depth, k0 + kLanes, depth - kLanes, kLanes);
   const auto line = [&](int i) { return a.data + a.across.offset(first + i); };
   if (across >= 16 && low.is_vector(kLanes) && high.is_vector(kLanes)) {
-    split_rows<Parts>(tile, [&](int i, Vec& x, Vec& y) { x = load(line(i) + low.start), y = load(line(i) + high.start); });
+    split_rows<Parts>(tile, [&](int i, Vec& x, Vec& y) {
+      x = load(line(i) + low.start), y = load(line(i) + high.start);
+    });
   } else {
     split_rows<Parts>(tile, [&](int i, Vec& x, Vec& y) {
       x = i < across ? load_chunk(line(i), a.depth, low) : zero();
@@ -105,7 +113,8 @@ inline void pack_tiles(const View& v, Direction across, Direction depth, int64_t
   const int64_t panel_bytes = (k + kDepth - 1) / kDepth * block_bytes;
   with_operand(v, across, depth, [&](const auto& a) {
     const auto pack_tile = [&](int64_t i, int64_t p) {
-      char* tile = static_cast<char*>(out) + i / kWidth * panel_bytes + p / kDepth * block_bytes + i % kWidth / 16 * kTileBytes;
+      char* block = static_cast<char*>(out) + i / kWidth * panel_bytes + p / kDepth * block_bytes;
+      char* tile = block + i % kWidth / 16 * kTileBytes;
       if (along_depth)
         pack_lines<Parts>(a, first + i, n - i, k0 + p, k - p, tile);
       else
@@ -113,8 +122,8 @@ inline void pack_tiles(const View& v, Direction across, Direction depth, int64_t
       if (along_depth != Left)
         for (int s = 0; s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes);
     };
-    // Memory is read in its own order.
     const int64_t width = round_up(n, kWidth);
+    // Memory is read in its own order.
     if (along_depth) {
       for (int64_t i = 0; i < width; i += 16)
         for (int64_t p = 0; p < k; p += kDepth) pack_tile(i, p);
@@ -136,8 +145,8 @@ void pack_right_tiles(const View& b, int64_t k0, int64_t k, int64_t col0, int64_
 }
 
 // Tile registers: 0 to 3 are the sums, 4 and 5 hold a part of the left operand, 6 and 7 of the right one. Loads stand
-// just before the products that use them. Right panels pass by once for each left panel: streaming loads keep them from
-// pushing it out of the L1 cache.
+// just before the products that use them. Right panels pass by once for each left panel, and streaming loads keep them
+// from pushing it out of the first-level cache.
 inline void load_right(const char* right) {
   _tile_stream_loadd(6, right, kTileRowBytes);
   _tile_stream_loadd(7, right + kTileBytes, kTileRowBytes);
@@ -213,8 +222,9 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
 }
 
 template <int Parts>
-constexpr Product amx_product = {kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, pack_left_tiles<Parts>,
-                                 pack_right_tiles<Parts>, multiply_panels<Parts>};
+constexpr Product amx_product = {
+    kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, 512 / Parts / kDepth * kDepth, pack_left_tiles<Parts>,
+    pack_right_tiles<Parts>, multiply_panels<Parts>};
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
@@ -240,6 +250,6 @@ void leave(const ThreadState* state) {
 }  // namespace
 
 constexpr Kernels kernels_amx = {
-    "amx", {amx_product<3>, amx_product<2>, amx_product<1>}, amx_product<1>, enter, leave, nullptr};
+    "amx", {amx_product<3>, amx_product<2>, amx_product<1>}, amx_product<1>, enter, leave, &kElementwise};
 
 }  // namespace safr

@@ -2,6 +2,7 @@
 // registers: compilers keep all factors of a step in others, and spill where the tile is larger.
 #include "vector4.hpp"
 
+#include "../passes.hpp"
 #include "denormals.hpp"
 #include "fma.hpp"
 
@@ -13,6 +14,6 @@ constexpr Product kFloat32 = fma_product<8, 2>;
 }  // namespace
 
 constexpr Kernels kernels_neon = {
-    "neon", {kFloat32, kFloat32, kFloat32}, kFloat32, flush_denormals, restore_denormals, nullptr};
+    "neon", {kFloat32, kFloat32, kFloat32}, kFloat32, flush_denormals, restore_denormals, &kElementwise};
 
 }  // namespace safr

@@ -17,7 +17,9 @@ inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
 inline __mmask16 lanes(int count) { return __mmask16((1u << count) - 1); }
-inline Vec widen(BFloat16, __m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline Vec widen(BFloat16, __m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 inline Vec widen(Float16, __m256i bits) { return _mm512_cvtph_ps(bits); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
