@@ -210,10 +210,20 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
     _tile_zero(2);
     _tile_zero(3);
   }
+  // Products wait for the sums that they add to. Those of the tile to the right, the likely next, are fetched meanwhile.
+  const int64_t blocks = k / kDepth, rows_a_block = accumulate && blocks > 0 ? (kWidth + blocks - 1) / blocks : 0;
+  const char* next = reinterpret_cast<const char*>(c + kWidth);
+
   const char* a = static_cast<const char*>(left);
   const char* b = static_cast<const char*>(right);
-  constexpr int block = Parts * 2 * kTileBytes;
-  for (; k > 0; k -= kDepth, a += block, b += block) multiply_block<Parts>(a, b);
+  constexpr int block_bytes = Parts * 2 * kTileBytes;
+  for (int64_t i = 0; i < blocks; ++i, a += block_bytes, b += block_bytes) {
+    for (int64_t row = 0; row < rows_a_block; ++row, next += stride) {
+      __builtin_prefetch(next, 1);
+      __builtin_prefetch(next + 64, 1);
+    }
+    multiply_block<Parts>(a, b);
+  }
   _tile_stored(0, c, stride);
   _tile_stored(1, c + 16, stride);
   _tile_stored(2, lower, stride);
