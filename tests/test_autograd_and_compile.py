@@ -31,7 +31,7 @@ class Call:
     inputs: tuple[Tensor, ...]
 
     def on(self, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        return tuple(x.to(device, dtype) for x in self.inputs)
+        return tuple(x.to(device, dtype, copy=True) for x in self.inputs)
 
 
 def hidden() -> tuple[Tensor]:

@@ -103,7 +103,8 @@ class InteractionFromQK(torch.autograd.Function):
             factor = grad_total[:, :, None, None]
         else:
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
-            factor = torch.cat([grad_total, torch.zeros_like(grad_total[:1])])[segment].unsqueeze(-1)  # (N, H, 1)
+            # tokens past the last sequence find the row of zeros below it
+            factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
         scaled_q = ScaledGradient.apply(grad_q, factor, q) if ctx.needs_input_grad[0] else None
         scaled_k = ScaledGradient.apply(grad_k, factor, k) if ctx.needs_input_grad[1] else None
         return scaled_q, scaled_k, *(None,) * 7
