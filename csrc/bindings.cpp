@@ -17,13 +17,6 @@ namespace {
 
 using Address = uintptr_t;
 
-// The level in use. A unit without passes can multiply and nothing else.
-const Kernels& usable_kernels() {
-  const Kernels& table = kernels();
-  if (!table.elementwise) throw std::runtime_error(std::string("the unit ") + table.name + " has no elementwise passes");
-  return table;
-}
-
 template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
@@ -77,7 +70,7 @@ void bind_row_energy(py::module_& m) {
 
   m.def("row_energy",
         [](const HiddenArgument& a, Address energy, Address squared_norm, Address moments, int64_t slots) {
-          const Kernels& table = usable_kernels();
+          const Kernels& table = kernels();
           const py::gil_scoped_release release;
           row_energy(table, a.precision, a.threads, a.hidden, pointer<float>(energy), pointer<float>(squared_norm),
                      slots ? pointer<float>(moments) : nullptr, slots);
@@ -85,7 +78,7 @@ void bind_row_energy(py::module_& m) {
   m.def("row_energy_backward", [](const HiddenArgument& a, Address energy, Address squared_norm, Address moments,
                                   int64_t slots, const Strided& grad_energy, const Strided& grad_squared_norm,
                                   Address grad) {
-    const Kernels& table = usable_kernels();
+    const Kernels& table = kernels();
     const py::gil_scoped_release release;
     row_energy_backward(table, a.precision, a.threads, a.hidden, pointer<const float>(energy),
                         pointer<const float>(squared_norm), pointer<const float>(moments), slots,
@@ -106,7 +99,7 @@ void bind_interaction(py::module_& m) {
       [](const HeadsArgument& attention, int64_t samples, int64_t heads, int64_t tokens,
          const std::optional<Strided>& mask, bool squared, bool exclude_diagonal, int precision, int threads,
          Address total, Address grad) {
-        const Kernels& table = usable_kernels();
+        const Kernels& table = kernels();
         const py::gil_scoped_release release;
         interaction(table, Precision(precision), threads, heads_of(attention), heads,
                     layout(samples, tokens, mask, std::nullopt), {squared, exclude_diagonal}, pointer<float>(total),
@@ -121,7 +114,7 @@ void bind_interaction(py::module_& m) {
          int64_t width, const std::optional<Strided>& mask, const std::optional<Offsets>& cu_seqlens, float scale,
          bool causal, bool squared, bool exclude_diagonal, int precision, int threads, Address total, Address grad_q,
          Address grad_k) {
-        const Kernels& table = usable_kernels();
+        const Kernels& table = kernels();
         const py::gil_scoped_release release;
         interaction_from_qk(table, Precision(precision), threads, heads_of(q), heads_of(k), heads, group, width,
                             layout(samples, tokens, mask, cu_seqlens), scale, causal, {squared, exclude_diagonal},
@@ -157,7 +150,7 @@ void matmul(int precision, Address a, Address b, Address c, int64_t m, int64_t n
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of safr_fast. Called through safr_fast.ops.cpp.";
-  m.def("isa", [] { return std::string(usable_kernels().name); }, "The instruction-set level in use.");
+  m.def("isa", [] { return std::string(kernels().name); }, "The instruction-set level in use.");
   m.def("available_isas", &available_isas, "The levels that this machine can run, best first.");
   m.def("matmul", &matmul, py::arg("precision"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("repeats") = 1, py::arg("bfloat16") = false);

@@ -9,9 +9,6 @@
 
 namespace safr {
 
-// Depth of k that tiles run over at once, so that a panel stays in the first-level cache.
-constexpr int64_t kDepth = 256;
-
 inline int64_t divide_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
 inline int64_t round_up(int64_t x, int64_t unit) { return divide_up(x, unit) * unit; }
 
@@ -49,11 +46,11 @@ inline Range block(int64_t index, int64_t side, int64_t total) {
 enum class Side { left, right };
 
 // One operand of a product, packed. Its lines are the rows of a left operand, the columns of a right one. For each
-// `depth` of k its panels lie one behind the other.
+// `depth` of k (the product's own unless told) its panels lie one behind the other.
 class Operand {
  public:
-  Operand(const Product& product, Side side, Workspace& workspace, int64_t lines, int64_t k, int64_t depth = kDepth)
-      : product(product), k(k), depth(depth), side_(side), panels_(divide_up(lines, width())) {
+  Operand(const Product& product, Side side, Workspace& workspace, int64_t lines, int64_t k, int64_t depth = 0)
+      : product(product), k(k), depth(depth ? depth : product.depth), side_(side), panels_(divide_up(lines, width())) {
     data_ = workspace.take<char>(panels_ * width() * round_up(k, product.k_unit) * bytes());
   }
 

@@ -28,9 +28,9 @@ struct Head {
   View attention() const { return {a, Dtype::float32, a_stride, 1, nullptr, nullptr}; }
 
   // The k for which A_ik of rows before `end` can be other than zero, in whole steps of depth.
-  Range until(int64_t end) const { return {0, causal ? std::min(round_up(end, kDepth), count) : count}; }
+  Range until(int64_t end) const { return {0, causal ? std::min(round_up(end, product.depth), count) : count}; }
   // The k for which A_kj of columns from `begin` on can be.
-  Range since(int64_t begin) const { return {causal ? begin / kDepth * kDepth : 0, count}; }
+  Range since(int64_t begin) const { return {causal ? begin / product.depth * product.depth : 0, count}; }
 };
 
 // φ(G), of which each block of rows keeps what lies on and right of the diagonal.
@@ -192,8 +192,8 @@ void project(const Head& head, const View& left_matrix, const View& right_matrix
   const Workspace::Mark mark(workspace);
   const Product& p = head.product;
   const Operand right(p, Side::right, workspace, width, head.count);
-  head.crew.each(divide_up(head.count, kDepth), [&](int64_t index) {
-    right.pack(right_matrix, 0, {0, width}, block(index, kDepth, head.count));
+  head.crew.each(divide_up(head.count, right.depth), [&](int64_t index) {
+    right.pack(right_matrix, 0, {0, width}, block(index, right.depth, head.count));
   });
   head.crew.each(head.blocks(), [&](int64_t index) {
     Workspace& own = Workspace::own();

@@ -168,8 +168,8 @@ void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
   const Product& p = t.product;
   const int64_t strip = round_up(t.width >= 1024 ? 256 : 64, p.nr), strips = divide_up(t.width, strip);
   const int64_t left_strip = round_up(64, p.mr), left_strips = divide_up(t.width, left_strip);
-  const int64_t affordable = (1 << 20) / (t.width * std::max(p.left_bytes, p.right_bytes)) / kDepth * kDepth;
-  const int64_t chunk = std::max(kDepth, affordable);
+  const int64_t affordable = (1 << 20) / (t.width * std::max(p.left_bytes, p.right_bytes)) / p.depth * p.depth;
+  const int64_t chunk = std::max<int64_t>(p.depth, affordable);
   const int64_t scaled_stride = round_up(t.width, 16);
   float* scaled = alpha ? workspace.take<float>(std::min(chunk, t.count) * scaled_stride) : nullptr;
 

@@ -20,7 +20,7 @@ namespace {
 
 constexpr size_t kKept = 8 << 20;       // bytes a thread holds on to between calls
 constexpr size_t kSmallest = 1 << 18;   // bytes of a first chunk
-constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kHugePage = 2 << 20, kHugeChunk = 16 << 20;
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -59,12 +59,12 @@ void* Workspace::take_bytes(size_t bytes) {
   while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
   if (chunk_ == chunks_.size()) {
     size_t size = bytes > kSmallest ? bytes : kSmallest;
-    const size_t alignment = size >= kHugePage ? kHugePage : 64;
+    const size_t alignment = size >= kHugeChunk ? kHugePage : 64;
     size = (size + alignment - 1) / alignment * alignment;
     char* data = static_cast<char*>(std::aligned_alloc(alignment, size));
     if (!data) throw std::bad_alloc();
 #if defined(__linux__)
-    if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // a page fault costs as much as a thousand multiply-adds
+    if (size >= kHugeChunk) madvise(data, size, MADV_HUGEPAGE);  // a page fault costs as much as a thousand multiply-adds
 #endif
     chunks_.push_back({std::unique_ptr<char, Free>(data), size});
   }
