@@ -41,5 +41,3 @@ class Corpus:
     train: Split
     dev: Split
     test: Split
-    max_len: int | None = None
-    """Tokens kept of each text unless told otherwise; None: all."""

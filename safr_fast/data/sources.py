@@ -12,7 +12,6 @@ from safr_fast.data.synthetic import synthetic
 Dataset = Literal["synthetic", "sst2", "imdb"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
 
-_IMDB_MAX_LEN = 256
 _IMDB_DEV_SHARE = 0.2
 
 
@@ -62,7 +61,7 @@ def _imdb(folder: Path | None, seed: int) -> Corpus:
     else:
         splits = {name: _parquet(folder, name, "aclImdb") for name in ("train", "test")}
     train, dev = _stratified(splits["train"], _IMDB_DEV_SHARE, seed)
-    return Corpus("imdb", train, dev, splits["test"], max_len=_IMDB_MAX_LEN)
+    return Corpus("imdb", train, dev, splits["test"])
 
 
 def _stratified(split: Split, share: float, seed: int) -> tuple[Split, Split]:

@@ -1,13 +1,13 @@
 """Generated reviews whose label follows from planted words by a known rule.
 
-A review is a shuffled row of clauses. Each opinion clause plants one sentiment word, which may be preceded by a negator
-("not good") or an intensifier ("very good"); the modifier and its sentiment word are a planted pair. All else is
-filler, which says nothing of the label. With polarity ±1 for a sentiment word,
+A review is a shuffled row of clauses. Each opinion clause plants one sentiment word; three in ten are turned round by a
+negator before them ("not good"), and the two are a planted pair. All else is filler, which says nothing of the label.
+With polarity ±1 for a sentiment word,
 
-    score = Σ over opinions of  polarity · (−1 if negated) · (2 if intensified),        label = 1 if score > 0 else 0
+    score = Σ over opinions of  polarity · (−1 if negated),        label = 1 if score > 0 else 0
 
-and a review whose score is 0 is drawn again. Lengths are log-normal: filler is added until the review has at least
-exp(N(log 18, 0.6²)) tokens, 200 at most.
+The opinions of one review agree in sign, so that no word decides where there is a negator, but a pair does. Lengths are
+log-normal: filler is added until the review has at least exp(N(log 12, 0.6²)) tokens, about 200 at most.
 """
 
 import math
@@ -20,16 +20,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-POSITIVE = _words("""
-    good great lovely superb moving funny charming clever brilliant warm fresh gripping honest tender witty stunning
-    graceful thrilling inspired joyful touching vivid sharp delightful heartfelt masterful radiant sincere elegant rich
-""")
-NEGATIVE = _words("""
-    bad awful dull boring clumsy stale tedious bland weak shallow messy annoying lifeless sloppy dreary predictable
-    hollow pointless crude tiresome flat silly ugly forced muddled lazy cold pretentious painful confused
-""")
-NEGATORS = _words("not never hardly scarcely")
-INTENSIFIERS = _words("very truly extremely remarkably")
+POSITIVE = _words("good great lovely superb moving funny charming clever brilliant warm fresh gripping tender witty")
+NEGATIVE = _words("bad awful dull boring clumsy stale tedious bland shallow messy annoying lifeless dreary hollow")
+NEGATORS = _words("not never hardly")
 
 _ASPECTS = _words(
     "acting story plot music script camerawork dialogue ending cast direction humour pacing opening scenery"
@@ -53,12 +46,13 @@ _SLOTS = {
     "source": ["novel", "play", "comic", "article", "trailer", "memoir", "interview", "series"],
 }
 
-_SIZES = {"train": 6_000, "dev": 1_000, "test": 2_000}
-_NEGATED, _INTENSIFIED = 0.3, 0.25
+_SIZES = {"train": 8_000, "dev": 1_000, "test": 2_000}
+_OPINIONS = {1: 0.5, 2: 0.35, 3: 0.15}
+_NEGATED = 0.3
 _LONGEST = 200
 
-Clause = tuple[list[str], list[str], int]
-"""Words, the role of each, and the score of the opinion (0 for filler)."""
+Clause = tuple[list[str], list[str]]
+"""Words, and the role of each."""
 
 
 def synthetic(seed: int = 0, sizes: dict[str, int] | None = None) -> Corpus:
@@ -73,20 +67,22 @@ def synthetic(seed: int = 0, sizes: dict[str, int] | None = None) -> Corpus:
 
 
 def score(text: str, truth: Truth) -> int:
-    """The score that the planted words of a review add up to; its sign is the label."""
+    """What the planted words of a review add up to; its sign is the label."""
     words = text.split()
-    total = {i: 1 if words[i] in POSITIVE else -1 for i, role in enumerate(truth.roles) if role == "sentiment"}
-    for modifier, sentiment in truth.pairs:
-        total[sentiment] *= -1 if truth.roles[modifier] == "negator" else 2
-    return sum(total.values())
+    negated = {sentiment for _, sentiment in truth.pairs}
+    return sum(
+        (1 if words[i] in POSITIVE else -1) * (-1 if i in negated else 1)
+        for i, role in enumerate(truth.roles)
+        if role == "sentiment"
+    )
 
 
 def _review(random: Random) -> tuple[str, int, Truth]:
-    opinions: list[Clause] = []
-    while sum(points for *_, points in opinions) == 0:
-        opinions = [_opinion(random) for _ in range(random.choices((1, 2, 3), (0.4, 0.35, 0.25))[0])]
-    clauses, length = opinions, sum(len(words) + 1 for words, *_ in opinions)
-    target = min(_LONGEST - 10, random.lognormvariate(math.log(18), 0.6))
+    label = random.randrange(2)
+    count = random.choices(tuple(_OPINIONS), tuple(_OPINIONS.values()))[0]
+    clauses = [_opinion(random, bool(label)) for _ in range(count)]
+    length = sum(len(words) + 1 for words, _ in clauses)
+    target = min(_LONGEST, random.lognormvariate(math.log(12), 0.6))
     while length < target:
         clauses.append(_filler(random))
         length += len(clauses[-1][0]) + 1
@@ -94,38 +90,27 @@ def _review(random: Random) -> tuple[str, int, Truth]:
 
     tokens: list[str] = []
     roles: list[str] = []
-    pairs: list[tuple[int, int]] = []
-    for words, clause_roles, _ in clauses:
-        if clause_roles[-2] != "filler":
-            pairs.append((len(tokens) + len(words) - 2, len(tokens) + len(words) - 1))
+    for words, clause_roles in clauses:
         tokens += [*words, random.choice((",", "and", ";"))]
         roles += [*clause_roles, "filler"]
     tokens[-1] = "."
-    label = int(sum(points for *_, points in clauses) > 0)
-    return " ".join(tokens), label, Truth(tuple(roles), tuple(pairs))
+    pairs = tuple((i, i + 1) for i, role in enumerate(roles) if role == "negator")
+    return " ".join(tokens), label, Truth(tuple(roles), pairs)
 
 
-def _opinion(random: Random) -> Clause:
+def _opinion(random: Random, positive: bool) -> Clause:
     words = ["the", random.choice(_ASPECTS), random.choice(_VERBS)]
     roles = ["filler"] * 3
-    points = random.choice((1, -1))
-    kind = random.random()
-    if kind < _NEGATED:
+    negated = random.random() < _NEGATED
+    if negated:
         words.append(random.choice(NEGATORS))
         roles.append("negator")
-        factor = -1
-    elif kind < _NEGATED + _INTENSIFIED:
-        words.append(random.choice(INTENSIFIERS))
-        roles.append("intensifier")
-        factor = 2
-    else:
-        factor = 1
-    words.append(random.choice(POSITIVE if points > 0 else NEGATIVE))
+    words.append(random.choice(POSITIVE if positive != negated else NEGATIVE))
     roles.append("sentiment")
-    return words, roles, points * factor
+    return words, roles
 
 
 def _filler(random: Random) -> Clause:
     slots = {slot: random.choice(choices) for slot, choices in _SLOTS.items()}
     words = random.choice(_FILLERS).format_map(slots).split()
-    return words, ["filler"] * len(words), 0
+    return words, ["filler"] * len(words)

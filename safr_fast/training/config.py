@@ -1,0 +1,127 @@
+"""What a training run is told, with the released hyper-parameters as defaults."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safr_fast.data.sources import Dataset
+
+# What a run takes where it is told nothing else. The weights belong to the variant "released": the paper's for real
+# reviews; for generated ones, which are shorter, such that the gate closes on filler and stays open on planted words.
+_OWN: dict[str, dict[str, Any]] = {
+    "synthetic": {"max_len": 0, "lambda_importance": 0.1, "lambda_interaction": 0.1},
+    "sst2": {"max_len": 0, "lambda_importance": 1.0, "lambda_interaction": 0.1},
+    "imdb": {"max_len": 256, "lambda_importance": 0.01, "lambda_interaction": 0.01},
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the classifier."""
+
+    gate: bool = True
+    """Gate the embeddings by VMASK; without it the model is the plain transformer."""
+    dim: int = 256
+    """Size of embeddings and of the layers."""
+    heads: int = 8
+    """Attention heads."""
+    feedforward: int = 1024
+    """Units of the feed-forward."""
+    layers: int = 1
+    """Transformer layers."""
+    mask_hidden: int = 1024
+    """Units of VMASK's hidden layer."""
+    dropout: float = 0.1
+    """After positions, and on the output of attention and of the feed-forward."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "heads", "feedforward", "layers", "mask_hidden"):
+            _at_least(self, name, 1)
+        if self.dim % 2 or self.dim % self.heads:
+            raise ValueError(f"dim must be even and a multiple of heads, got dim {self.dim} and {self.heads} heads")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The protocol is the one called masked: padding takes part in nothing, the best epoch is tested."""
+
+    dataset: Dataset = "synthetic"
+    """synthetic: generated reviews with a known truth, nothing needed. sst2, imdb: from --data-dir or the hub."""
+    data_dir: Path | None = None
+    """Folder with the data set's files; without it the Hugging Face hub is asked."""
+    all_rows: bool = False
+    """SST-2: also train and test on rows outside the paper's subset."""
+    data_seed: int = 0
+    """Of the generated reviews, and of IMDB's development split."""
+    max_len: int | None = None
+    """Tokens kept of each text; 0: all. By default 256 for imdb and all for the others."""
+    lambda_importance: float | None = None
+    """Weight of the importance term; 0 turns it off. By default 1 for sst2, 0.01 for imdb, 0.1 for synthetic."""
+    lambda_interaction: float | None = None
+    """Weight of the interaction term; 0 turns it off. By default 0.1 for sst2, 0.01 for imdb, 0.1 for synthetic."""
+    variant: Literal["released", "paper"] = "released"
+    """Form of both terms: the released code's means, to which the paper's λ belong, or the paper's sums."""
+    impl: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    """Back end of both terms; see safr-fast env."""
+    learning_rate: float = 1e-4
+    """Of Adam."""
+    batch_size: int = 32
+    """Texts in a batch; texts of similar length go together."""
+    epochs: int = 100
+    """At most."""
+    patience: int = 3
+    """Stop after this many epochs without a better development accuracy."""
+    seed: int = 0
+    """Of initial weights, batches, dropout and gates."""
+    device: str = "auto"
+    """auto: the GPU if there is one."""
+    threads: int | None = None
+    """CPU threads; PyTorch's own choice by default."""
+    log_every: int = 50
+    """Steps between two records in metrics.jsonl."""
+    out: Path | None = None
+    """Run folder; runs/<dataset>-<time> by default."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "patience", "log_every"):
+            _at_least(self, name, 1)
+        for name in ("seed", "data_seed"):
+            _at_least(self, name, 0)
+        if self.max_len is not None:
+            _at_least(self, "max_len", 0)
+        if self.threads is not None:
+            _at_least(self, "threads", 1)
+        for name in ("lambda_importance", "lambda_interaction"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+        if self.dataset == "synthetic" and self.data_dir is not None:
+            raise ValueError(f"data_dir is for sst2 and imdb; synthetic takes none, got {str(self.data_dir)!r}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be finite and above 0, got {self.learning_rate!r}")
+
+    def resolved(self) -> "TrainConfig":
+        """The same with the data set's own values for what was left open."""
+        own = {name: _OWN[self.dataset][name] for name in _OWN[self.dataset] if getattr(self, name) is None}
+        return dataclasses.replace(self, **own)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored in a run's ``config.json``."""
+        values = dataclasses.asdict(self)
+        return values | {name: str(values[name]) for name in ("data_dir", "out") if values[name] is not None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        paths = {name: Path(values[name]) for name in ("data_dir", "out") if values[name] is not None}
+        return cls(**(values | paths | {"model": ModelConfig(**values["model"])}))
+
+
+def _at_least(config: object, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")

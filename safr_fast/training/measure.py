@@ -1,0 +1,78 @@
+"""What is measured: in training on every batch, in evaluation on a whole split."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from safr_fast.data.batches import Batch, EncodedSplit, by_length
+from safr_fast.loss import LossParts, SAFRLoss
+from safr_fast.nn import ClassifierOutput, TransformerClassifier
+from safr_fast.training.agreement import Agreement
+from safr_fast.training.config import TrainConfig
+
+_EVALUATION_BATCH = 64
+
+
+class Means:
+    """Means of named values over batches, summed where the values are, so that a GPU is not waited for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor | int] = {}
+
+    def add(self, values: Mapping[str, Tensor | None], weight: Tensor | int) -> None:
+        """``weight``: what each value is a mean over, for example samples. None: not measured."""
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0) + value.detach().double() * weight
+                self._weights[name] = self._weights.get(name, 0) + weight
+
+    def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
+        """The terms, the accuracy, and the mean gate over real tokens."""
+        accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
+        self.add({"accuracy": accuracy, **terms}, len(batch.rows))
+        if output.gate is not None:
+            tokens = batch.mask.sum()
+            self.add({"gate": output.gate.where(batch.mask, 0).sum() / tokens.clamp(min=1)}, tokens)
+
+    def read(self) -> dict[str, float]:
+        return {name: float(total) / max(float(self._weights[name]), 1.0) for name, total in self._sums.items()}
+
+
+def forward(model: TransformerClassifier, loss: SAFRLoss, batch: Batch) -> tuple[ClassifierOutput, LossParts]:
+    output: ClassifierOutput = model(batch.ids, batch.mask)
+    parts = loss(output.logits, batch.labels, hidden=output.hidden, qk=output.qk, mask=batch.mask, return_parts=True)
+    return output, parts
+
+
+def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]:
+    """The total and every term; regularisers before and after their weights, None where they were not computed."""
+    importance, interaction = parts.importance, parts.interaction
+    return {
+        "total": parts.total,
+        "cross_entropy": parts.task,
+        "importance": importance,
+        "importance_weighted": None if importance is None else loss.lambda_importance * importance,
+        "interaction": interaction,
+        "interaction_weighted": None if interaction is None else loss.lambda_interaction * interaction,
+    }
+
+
+def evaluate(
+    model: TransformerClassifier, split: EncodedSplit, config: TrainConfig, agreement: Agreement | None = None
+) -> dict[str, float]:
+    """Accuracy, mean gate, cross-entropy and both regularisers, whatever their weights, in evaluation mode."""
+    loss = SAFRLoss(1.0, 1.0, variant=config.variant, impl=config.impl)
+    device = model.classify.weight.device
+    means = Means()
+    model.eval()
+    with torch.inference_mode():
+        for rows in by_length(split.lengths, _EVALUATION_BATCH):
+            batch = split.batch(rows).to(device)
+            output, parts = forward(model, loss, batch)
+            terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
+            means.add_batch(batch, output, terms)
+            if agreement is not None:
+                agreement.add(batch, output)
+    return means.read()

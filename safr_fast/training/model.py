@@ -1,0 +1,29 @@
+"""From a configuration or a run's folder to a model."""
+
+import dataclasses
+from pathlib import Path
+
+from safr_fast.data.vocabulary import Vocabulary
+from safr_fast.nn import SAFRClassifier, TransformerClassifier
+from safr_fast.training.config import ModelConfig, TrainConfig
+from safr_fast.training.run import RunFolder
+
+
+def build_model(vocabulary: int, config: ModelConfig) -> TransformerClassifier:
+    """The classifier of a configuration, for a vocabulary of that many word types."""
+    sizes = dataclasses.asdict(config)
+    gate, mask_hidden = sizes.pop("gate"), sizes.pop("mask_hidden")
+    if gate:
+        return SAFRClassifier(vocabulary, mask_hidden=mask_hidden, **sizes)
+    return TransformerClassifier(vocabulary, **sizes)
+
+
+def load_run(path: str | Path) -> tuple[TransformerClassifier, Vocabulary, TrainConfig]:
+    """The best epoch's model of a run, in evaluation mode on the CPU, with its vocabulary and configuration."""
+    folder = RunFolder(Path(path))
+    config = folder.stored_config()
+    weights = folder.load_model()
+    vocabulary = Vocabulary.load(folder.vocabulary_file)
+    model = build_model(len(vocabulary), config.model)
+    model.load_state_dict(weights)
+    return model.eval(), vocabulary, config

@@ -1,0 +1,170 @@
+"""The folder of a run: what is in it, and writing it so that a kill at any moment leaves it whole."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safr_fast.data.vocabulary import Vocabulary
+from safr_fast.training.config import TrainConfig
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on where it was told to; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: whole epochs."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and their contents."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def vocabulary_file(self) -> Path:
+        return self.path / "vocabulary.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model_file(self) -> Path:
+        """The best epoch's weights."""
+        return self.path / "model.safetensors"
+
+    @property
+    def state_file(self) -> Path:
+        """What is needed to go on after the last whole epoch; removed at the end."""
+        return self.path / "state.safetensors"
+
+    @property
+    def summary_file(self) -> Path:
+        """The result; written at the end."""
+        return self.path / "summary.json"
+
+    def open(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
+        """Write configuration and vocabulary; or, in a run that goes on, make sure that the data are the same."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config_file, config.to_json())
+        if not self.vocabulary_file.exists():
+            write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
+        elif Vocabulary.load(self.vocabulary_file).words != vocabulary.words:
+            raise RunError(f"the data are not those that {self.path} began with: their vocabulary differs")
+
+    def stored_config(self) -> TrainConfig:
+        try:
+            return TrainConfig.from_json(json.loads(self.config_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise RunError(f"{self.path} holds no run: it lacks {self.config_file.name}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{self.config_file} cannot be read: {error}") from error
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def drop_metrics_after(self, epoch: int) -> None:
+        """Forget what an unfinished epoch wrote, a last half line too."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["epoch"] <= epoch:
+                kept.append(line + "\n")
+        write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept), encoding="utf-8"))
+
+    def save_model(self, weights: dict[str, Tensor]) -> None:
+        write_atomically(self.model_file, lambda file: save_file(weights, file))
+
+    def load_model(self) -> dict[str, Tensor]:
+        if not self.model_file.exists():
+            raise RunError(f"{self.path} holds no {self.model_file.name}: the run has not finished an epoch")
+        return load_file(self.model_file)
+
+    def save_state(self, tensors: dict[str, Tensor], progress: Progress) -> None:
+        values = {"progress": json.dumps(dataclasses.asdict(progress))}
+        write_atomically(self.state_file, lambda file: save_file(tensors, file, values))
+
+    def load_state(self) -> tuple[dict[str, Tensor], Progress] | None:
+        if not self.state_file.exists():
+            return None
+        with safe_open(self.state_file, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, Progress(**json.loads(file.metadata()["progress"]))
+
+
+def place(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder]:
+    """The folder that a run goes to, and the configuration that it runs under: a resumed one's is its own."""
+    if resume:
+        return _resumed(config)
+    path = config.out or default_folder(config.dataset)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise RunError(f"{path} exists: go on with it by --resume, or give another folder by --out")
+    return dataclasses.replace(config.resolved(), out=path), RunFolder(path)
+
+
+def default_folder(dataset: str) -> Path:
+    return Path("runs") / f"{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _resumed(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
+    if config.out is None:
+        begun = [file.parent for file in Path("runs").glob("*/config.json")]
+        unfinished = sorted(str(path) for path in begun if not RunFolder(path).summary_file.exists())
+        hint = f", for example --out {unfinished[-1]}" if unfinished else ""
+        raise RunError(f"--resume needs --out, the folder of the run to go on with{hint}")
+    folder = RunFolder(config.out)
+    stored = dataclasses.replace(folder.stored_config(), out=config.out)
+    given, begun_with, defaults = (_flat(values) for values in (config, stored, TrainConfig()))
+    differing = [name for name, value in given.items() if value not in (defaults[name], begun_with[name])]
+    if differing:
+        changes = ", ".join(f"{name} {begun_with[name]} (now {given[name]})" for name in differing)
+        raise RunError(f"{folder.path} began with {changes}: resume without these options, or start anew by --out")
+    return stored, folder
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    values = config.to_json()
+    return {**values, **{f"model.{name}": value for name, value in values.pop("model").items()}}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """The file is either the old one or the new one, whenever the process is killed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()  # safetensors would make it readable by its owner alone
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
