@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 try:
-    from safr_fast import _cpu
+    import safr_fast._cpu as _cpu
 except ImportError as error:
     _cpu = None
     _import_error = str(error)
@@ -98,9 +98,7 @@ def row_energy(
     energy = torch.empty(h.shape[:-1], dtype=torch.float32)  # (B, T) or (N,)
     squared_norm = torch.empty_like(energy)
     moments = torch.empty(slots, E, E, dtype=torch.float32)
-    _cpu.row_energy(
-        _hidden(h, mask, cu_seqlens), energy.data_ptr(), squared_norm.data_ptr(), moments.data_ptr(), slots
-    )
+    _cpu.row_energy(_hidden(h, mask, cu_seqlens), energy.data_ptr(), squared_norm.data_ptr(), moments.data_ptr(), slots)
     return energy, squared_norm, moments
 
 
