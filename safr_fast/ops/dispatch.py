@@ -48,7 +48,6 @@ def available_backends() -> tuple[Backend, ...]:
     return tuple(backends)
 
 
-@torch.compiler.assume_constant_result
 def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     """The back end that serves: ``impl`` itself, or the fastest that can where it is ``"auto"``.
 
@@ -57,6 +56,10 @@ def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
         BackendUnavailable: ``impl`` was named and cannot serve tensors of this device and dtype.
     """
     return _resolve(impl, device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: as slow to import as torch itself.
+vars(resolve)["_dynamo_marked_constant"] = True
 
 
 @functools.cache
