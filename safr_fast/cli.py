@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from safr_fast.data.corpus import DataUnavailable
+from safr_fast.data import DataUnavailable, check
 from safr_fast.errors import BackendUnavailable
+from safr_fast.training.errors import OptionError, RunError
 
 if TYPE_CHECKING:
     from safr_fast.training import TrainConfig
@@ -23,14 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _env()
         return
     try:
-        command = _parse(arguments)
+        _parse(arguments)()
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
         _fail(f'{error.name} is not installed: pip install "safr-fast[train]"')
-    except ValueError as error:
+    except (BackendUnavailable, DataUnavailable, OptionError, OSError, RunError) as error:
         _fail(str(error))
-    command()
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
@@ -84,21 +84,19 @@ def _env() -> None:
 
 
 def _train(config: "TrainConfig", resume: bool) -> None:
-    from safr_fast.training import RunError, train
+    if not resume:
+        check(config.dataset, config.data_dir)
+    # Only now: this waits for torch, which a missing data set should not.
+    from safr_fast.training.loop import train
     from safr_fast.training.run import default_folder
 
     if not resume and config.out is None:
         config = dataclasses.replace(config, out=default_folder(config.dataset))
     try:
         train(config, resume=resume, report=partial(print, flush=True))
-    except (BackendUnavailable, DataUnavailable, RunError, OSError) as error:
-        _fail(str(error))
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; go on after the last whole epoch: "
-            f"safr-fast train --out {shlex.quote(str(config.out))} --resume",
-            file=sys.stderr,
-        )
+        command = f"safr-fast train --out {shlex.quote(str(config.out))} --resume"
+        print(f"\ninterrupted; to go on after the last whole epoch: {command}", file=sys.stderr)
         sys.exit(130)
 
 

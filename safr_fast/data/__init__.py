@@ -4,8 +4,8 @@
 """
 
 from safr_fast.data.corpus import Corpus, DataUnavailable, Split, Truth
-from safr_fast.data.sources import DATASETS, load
+from safr_fast.data.sources import DATASETS, check, load
 from safr_fast.data.synthetic import synthetic
 from safr_fast.data.vocabulary import Vocabulary
 
-__all__ = ["DATASETS", "Corpus", "DataUnavailable", "Split", "Truth", "Vocabulary", "load", "synthetic"]
+__all__ = ["DATASETS", "Corpus", "DataUnavailable", "Split", "Truth", "Vocabulary", "check", "load", "synthetic"]

@@ -20,8 +20,11 @@ from safr_fast.data.corpus import DataUnavailable, Split
 _PATIENCE_SECONDS = 1.0
 
 
-def load_from_hub(repository: str, dataset: str) -> dict[str, Split]:
-    """The labelled splits of a data set with columns ``text`` and ``label``."""
+def require(repository: str, dataset: str) -> str | None:
+    """Why the hub cannot be asked, though the cache can; None if it can.
+
+    Raises DataUnavailable, after little more than a second, where neither can.
+    """
     if importlib.util.find_spec("datasets") is None:
         raise DataUnavailable(
             f'{repository} comes by the datasets package: pip install "safr-fast[data]", or give --data-dir'
@@ -32,10 +35,16 @@ def load_from_hub(repository: str, dataset: str) -> dict[str, Split]:
             f"{repository} cannot be downloaded ({obstacle}) and is not in the local cache: "
             f"give --data-dir with {dataset}'s files, or use --dataset synthetic, which needs neither"
         )
+    return obstacle
+
+
+def load_from_hub(repository: str, dataset: str) -> dict[str, Split]:
+    """The labelled splits of a data set with columns ``text`` and ``label``."""
+    obstacle = require(repository, dataset)
     import datasets
 
     try:
-        with _offline() if obstacle is not None else contextlib.nullcontext():
+        with contextlib.nullcontext() if obstacle is None else _offline():
             loaded = datasets.load_dataset(repository)
     except Exception as error:  # whatever the hub, the network or the cache may raise
         reason = str(error).strip().split("\n")[0]

@@ -5,14 +5,28 @@ from pathlib import Path
 from random import Random
 from typing import Literal, get_args
 
+from safr_fast.data import hub
 from safr_fast.data.corpus import Corpus, DataUnavailable, Split
-from safr_fast.data.hub import load_from_hub
 from safr_fast.data.synthetic import synthetic
 
 Dataset = Literal["synthetic", "sst2", "imdb"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
 
+_REPOSITORIES = {"sst2": "SetFit/sst2", "imdb": "stanfordnlp/imdb"}
 _IMDB_DEV_SHARE = 0.2
+
+
+def check(dataset: Dataset, data_dir: str | Path | None = None) -> None:
+    """Raise what :func:`load` would raise at its beginning: no such data set or folder, no network. Needs no torch."""
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset must be one of {DATASETS}, got {dataset!r}")
+    if data_dir is None:
+        if dataset in _REPOSITORIES:
+            hub.require(_REPOSITORIES[dataset], dataset)
+    elif dataset == "synthetic":
+        raise DataUnavailable(f"data_dir is for sst2 and imdb; synthetic takes none, got {str(data_dir)!r}")
+    elif not Path(data_dir).is_dir():
+        raise DataUnavailable(f"data_dir {str(data_dir)!r} is no folder: give the one that holds the data set's files")
 
 
 def load(dataset: Dataset, data_dir: str | Path | None = None, *, seed: int = 0, all_rows: bool = False) -> Corpus:
@@ -30,21 +44,16 @@ def load(dataset: Dataset, data_dir: str | Path | None = None, *, seed: int = 0,
     Raises:
         DataUnavailable: no such folder or file, wrong columns, no network; the message says what to do.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset must be one of {DATASETS}, got {dataset!r}")
+    check(dataset, data_dir)
     if dataset == "synthetic":
-        if data_dir is not None:
-            raise ValueError(
-                f"data_dir is for sst2 and imdb; synthetic is generated and takes none, got {str(data_dir)!r}"
-            )
         return synthetic(seed)
-    folder = None if data_dir is None else _existing(Path(data_dir))
+    folder = None if data_dir is None else Path(data_dir)
     return _sst2(folder, all_rows) if dataset == "sst2" else _imdb(folder, seed)
 
 
 def _sst2(folder: Path | None, all_rows: bool) -> Corpus:
     if folder is None:
-        splits = load_from_hub("SetFit/sst2", "sst2")
+        splits = hub.load_from_hub(_REPOSITORIES["sst2"], "sst2")
     elif treebank := _first_with(folder, "datasetSentences.txt", "stanfordSentimentTreebank"):
         splits = _treebank(treebank, balanced=not all_rows)
     else:
@@ -55,7 +64,7 @@ def _sst2(folder: Path | None, all_rows: bool) -> Corpus:
 
 def _imdb(folder: Path | None, seed: int) -> Corpus:
     if folder is None:
-        splits = load_from_hub("stanfordnlp/imdb", "imdb")
+        splits = hub.load_from_hub(_REPOSITORIES["imdb"], "imdb")
     elif raw := _first_with(folder, "train/pos", "aclImdb"):
         splits = {name: _review_files(raw / name) for name in ("train", "test")}
     else:
@@ -77,12 +86,6 @@ def _stratified(split: Split, share: float, seed: int) -> tuple[Split, Split]:
 
 def _rows(split: Split, rows: Sequence[int]) -> Split:
     return Split([split.texts[i] for i in rows], [split.labels[i] for i in rows])
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise DataUnavailable(f"data_dir {str(folder)!r} is no folder: give the one that holds the data set's files")
-    return folder
 
 
 def _first_with(folder: Path, content: str, subfolder: str) -> Path | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safr_fast.data.sources import Dataset
+from safr_fast.training.errors import OptionError
 
 # What a run takes where it is told nothing else. The weights belong to the variant "released": the paper's for real
 # reviews; for generated ones, which are shorter, such that the gate closes on filler and stays open on planted words.
@@ -36,13 +37,13 @@ class ModelConfig:
     dropout: float = 0.1
     """After positions, and on the output of attention and of the feed-forward."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("dim", "heads", "feedforward", "layers", "mask_hidden"):
             _at_least(self, name, 1)
         if self.dim % 2 or self.dim % self.heads:
-            raise ValueError(f"dim must be even and a multiple of heads, got dim {self.dim} and {self.heads} heads")
+            raise OptionError(f"dim must be even and a multiple of heads, got dim {self.dim} and {self.heads} heads")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+            raise OptionError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        self.model.check()
         for name in ("batch_size", "epochs", "patience", "log_every"):
             _at_least(self, name, 1)
         for name in ("seed", "data_seed"):
@@ -99,11 +101,9 @@ class TrainConfig:
         for name in ("lambda_importance", "lambda_interaction"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
-        if self.dataset == "synthetic" and self.data_dir is not None:
-            raise ValueError(f"data_dir is for sst2 and imdb; synthetic takes none, got {str(self.data_dir)!r}")
+                raise OptionError(f"{name} must be finite and at least 0, got {value!r}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be finite and above 0, got {self.learning_rate!r}")
+            raise OptionError(f"learning_rate must be finite and above 0, got {self.learning_rate!r}")
 
     def resolved(self) -> "TrainConfig":
         """The same with the data set's own values for what was left open."""
@@ -124,4 +124,4 @@ class TrainConfig:
 def _at_least(config: object, name: str, least: int) -> None:
     value = getattr(config, name)
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        raise OptionError(f"{name} must be at least {least}, got {value!r}")

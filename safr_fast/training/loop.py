@@ -20,9 +20,10 @@ from safr_fast.loss import SAFRLoss
 from safr_fast.training import report as lines
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig
+from safr_fast.training.errors import RunError
 from safr_fast.training.measure import Means, evaluate, forward, training_terms
 from safr_fast.training.model import build_model
-from safr_fast.training.run import Progress, RunError, RunFolder, place, write_json
+from safr_fast.training.run import Progress, RunFolder, place, write_json
 
 
 @dataclass(frozen=True)

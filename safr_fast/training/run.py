@@ -15,10 +15,7 @@ from torch import Tensor
 
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.training.config import TrainConfig
-
-
-class RunError(RuntimeError):
-    """A run cannot start or go on where it was told to; the message says why and what to do."""
+from safr_fast.training.errors import RunError
 
 
 @dataclass(frozen=True)

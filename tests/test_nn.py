@@ -1,0 +1,169 @@
+"""The word mask, attention that stores no weights, and the classifier on ragged batches."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import safr_fast as sf
+from safr_fast import reference
+from safr_fast.nn import VMASK, SAFRClassifier, SelfAttention, TransformerClassifier
+from safr_fast.nn.classifier import sinusoidal_positions
+
+SIZES = {"dim": 16, "heads": 4, "feedforward": 32}
+
+
+def tokens(*lengths: int, vocabulary: int = 20) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and their mask, for texts of these lengths."""
+    longest = max(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(2, vocabulary, (len(lengths), longest), generator=torch.Generator().manual_seed(0))
+    return ids.where(mask, 0), mask
+
+
+def classifier(kind: type[TransformerClassifier] = SAFRClassifier, **options: object) -> TransformerClassifier:
+    torch.manual_seed(0)
+    return kind(20, **(SIZES | {"mask_hidden": 8} if kind is SAFRClassifier else SIZES), **options)
+
+
+def test_the_gate_is_hard_in_training_and_a_probability_in_evaluation() -> None:
+    torch.manual_seed(0)
+    vmask = VMASK(16, 8)
+    x = torch.randn(500, 16)
+    gate = vmask(x)
+    assert torch.allclose(gate, gate.round(), atol=1e-6)
+    assert 0 < gate.mean() < 1
+    assert (gate == 0).any()
+    vmask.eval()
+    probability = vmask(x)
+    assert ((probability > 0) & (probability < 1)).all()
+    assert torch.equal(probability, vmask(x))
+
+
+def test_the_hard_gate_is_drawn_with_its_probability() -> None:
+    torch.manual_seed(0)
+    vmask = VMASK(16, 8)
+    x = torch.randn(1, 16).expand(20_000, 16)
+    drawn = vmask(x).mean().item()
+    assert drawn == pytest.approx(vmask.eval()(x[:1]).item(), abs=0.02)
+
+
+def test_the_hard_gate_lets_gradients_through() -> None:
+    vmask = VMASK(16, 8)
+    vmask(torch.randn(50, 16)).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in vmask.parameters())
+
+
+def test_attention_is_softmax_attention_over_real_keys() -> None:
+    torch.manual_seed(0)
+    attention = SelfAttention(16, 4)
+    x = torch.randn(3, 7, 16)
+    mask = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
+    out, q, k = attention(x, mask)
+    weights = reference.attention_from_qk(q, k, mask, scale=1 / math.sqrt(4), is_causal=False)
+    v = attention.query_key_value(x)[..., 32:].view(3, 7, 4, 4).transpose(1, 2)
+    expected = attention.out((weights @ v).transpose(1, 2).reshape(3, 7, 16))
+    torch.testing.assert_close(out[mask], expected[mask])
+
+
+def test_no_tensor_of_attention_weights_is_kept_for_the_backward() -> None:
+    """T is unlike every other size here, so a saved T×T tensor shows by its shape."""
+    model = classifier()
+    ids, mask = tokens(53, 53, 40)
+    saved: list[torch.Size] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x.shape)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = model(ids, mask)
+        q, k = output.qk[0]
+        loss = F.cross_entropy(output.logits, torch.tensor([0, 1, 0]))
+        if any(backend.name == "cpp" and backend.available for backend in sf.available_backends()):
+            loss = loss + sf.interaction_loss_from_qk(q, k, mask, impl="cpp")
+    loss.backward()
+    assert saved
+    assert not [shape for shape in saved if shape[-2:] == (53, 53)]
+
+
+def test_the_baseline_is_the_same_model_with_an_open_gate() -> None:
+    model, plain = classifier().eval(), classifier(TransformerClassifier).eval()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("gate.")})
+    model.gate = None
+    ids, mask = tokens(5, 3)
+    assert torch.equal(plain(ids, mask).logits, model(ids, mask).logits)
+    assert plain(ids, mask).gate is None
+
+
+def test_importance_is_taken_on_gate_times_scaled_embedding_before_positions() -> None:
+    model = classifier().eval()
+    ids, mask = tokens(5, 3)
+    output = model(ids, mask)
+    assert output.gate is not None
+    expected = output.gate[..., None] * math.sqrt(16) * model.embedding(ids)
+    torch.testing.assert_close(output.hidden, expected)
+
+
+def test_positions_are_sine_and_cosine_of_rising_wavelength() -> None:
+    positions = sinusoidal_positions(50, torch.empty(0, 8))
+    for pair in range(4):
+        angle = torch.arange(50) / 10_000 ** (2 * pair / 8)
+        torch.testing.assert_close(positions[:, 2 * pair], angle.sin())
+        torch.testing.assert_close(positions[:, 2 * pair + 1], angle.cos())
+
+
+@pytest.mark.parametrize("kind", [SAFRClassifier, TransformerClassifier])
+def test_padding_takes_part_in_nothing(kind: type[TransformerClassifier]) -> None:
+    model = classifier(kind).eval()
+    ids, mask = tokens(9, 4, 1)
+    together = model(ids, mask).logits
+    for row, length in enumerate((9, 4, 1)):
+        alone = model(ids[row : row + 1, :length]).logits
+        torch.testing.assert_close(together[row : row + 1], alone)
+    other = ids.where(mask, 7)
+    torch.testing.assert_close(model(other, mask).logits, together)
+
+
+def test_a_sample_without_real_tokens_is_finite_and_moves_nothing_else() -> None:
+    model = classifier(dropout=0.0)
+    model.gate = None
+    ids, mask = tokens(4, 3)
+    empty = torch.zeros(1, 4, dtype=torch.int64)
+    output = model(torch.cat((ids, empty)), torch.cat((mask, empty.bool())))
+    assert output.logits.isfinite().all()
+    torch.testing.assert_close(output.logits[:2], model(ids, mask).logits)
+    torch.testing.assert_close(output.logits[2], model.classify.bias)
+    output.logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert not model.embedding.weight.grad[0].any()
+
+
+def test_the_whole_loss_is_finite_on_samples_of_no_and_of_one_token() -> None:
+    model = classifier()
+    ids, mask = tokens(6, 1, 2)
+    mask[2] = False
+    output = model(ids, mask)
+    loss = sf.SAFRLoss(1.0, 1.0, variant="released")(
+        output.logits, torch.tensor([0, 1, 1]), hidden=output.hidden, qk=output.qk, mask=mask
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_several_layers_give_their_queries_and_keys_to_the_loss() -> None:
+    model = classifier(layers=2)
+    ids, mask = tokens(5, 3)
+    output = model(ids, mask)
+    assert [q.shape for q, _ in output.qk] == [(2, 4, 5, 4)] * 2
+    loss = sf.SAFRLoss(0.0, 1.0)(output.logits, torch.tensor([0, 1]), hidden=output.hidden, qk=output.qk, mask=mask)
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize(("options", "named"), [({"heads": 3}, "heads"), ({"dim": 15, "heads": 3}, "dim")])
+def test_sizes_that_do_not_fit_are_named(options: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        SAFRClassifier(20, **(SIZES | options))
