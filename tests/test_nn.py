@@ -141,10 +141,12 @@ def test_a_sample_without_real_tokens_is_finite_and_moves_nothing_else() -> None
     assert not model.embedding.weight.grad[0].any()
 
 
-def test_the_whole_loss_is_finite_on_samples_of_no_and_of_one_token() -> None:
+@pytest.mark.parametrize("width", [0, 6])
+def test_the_whole_loss_is_finite_on_samples_of_no_and_of_one_token(width: int) -> None:
     model = classifier()
     ids, mask = tokens(6, 1, 2)
     mask[2] = False
+    ids, mask = ids[:, :width], mask[:, :width]
     output = model(ids, mask)
     loss = sf.SAFRLoss(1.0, 1.0, variant="released")(
         output.logits, torch.tensor([0, 1, 1]), hidden=output.hidden, qk=output.qk, mask=mask

@@ -1,6 +1,5 @@
 """Encoded texts, and batches of texts of about the same length."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,9 +55,6 @@ class EncodedSplit:
         ids = self.ids[source] if len(self.ids) else source
         return Batch(ids.where(mask, PAD), mask, self.labels[index], rows)
 
-    def batches(self, order: list[list[int]]) -> Iterator[Batch]:
-        return map(self.batch, order)
-
 
 def shuffled_buckets(lengths: Tensor, batch_size: int, seed: int, epoch: int, pool: int = 50) -> list[list[int]]:
     """Rows of each batch of one epoch, a function of ``seed`` and ``epoch`` alone.
@@ -69,15 +65,18 @@ def shuffled_buckets(lengths: Tensor, batch_size: int, seed: int, epoch: int, po
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     rows = torch.randperm(len(lengths), generator=generator)
     batches: list[list[int]] = []
-    for group in rows.split(pool * batch_size):
-        by_length = group[lengths[group].argsort(stable=True)]
-        batches += [batch.tolist() for batch in by_length.split(batch_size)]
+    for group in _cut(rows, pool * batch_size):
+        batches += [batch.tolist() for batch in _cut(group[lengths[group].argsort(stable=True)], batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def by_length(lengths: Tensor, batch_size: int) -> list[list[int]]:
     """Rows of each batch in rising length, for evaluation."""
-    return [batch.tolist() for batch in lengths.argsort(stable=True).split(batch_size)]
+    return [batch.tolist() for batch in _cut(lengths.argsort(stable=True), batch_size)]
+
+
+def _cut(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -1,0 +1,311 @@
+"""Generated reviews against their own rule, real data sets from folders and caches, vocabulary, batches."""
+
+import itertools
+import json
+import math
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import SHARED
+
+from safr_fast.data import DataUnavailable, Vocabulary, hub, load, sources, synthetic
+from safr_fast.data.batches import EncodedSplit, by_length, shuffled_buckets
+from safr_fast.data.corpus import Split
+from safr_fast.data.synthetic import NEGATIVE, NEGATORS, POSITIVE, score
+
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the real data sets are not beside the repository"
+)
+
+
+@pytest.fixture(scope="module")
+def reviews() -> Split:
+    return synthetic(3, {"train": 2_000, "dev": 10, "test": 10}).train
+
+
+def test_a_generated_label_follows_from_the_planted_words(reviews: Split) -> None:
+    assert reviews.truth is not None
+    for text, label, truth in zip(reviews.texts, reviews.labels, reviews.truth, strict=True):
+        assert score(text, truth) != 0
+        assert label == (score(text, truth) > 0)
+
+
+def test_the_planted_truth_points_at_the_words_it_names(reviews: Split) -> None:
+    assert reviews.truth is not None
+    for text, truth in zip(reviews.texts, reviews.truth, strict=True):
+        words = text.split()
+        assert len(words) == len(truth.roles)
+        for word, role, important in zip(words, truth.roles, truth.importance, strict=True):
+            expected = "sentiment" if word in POSITIVE + NEGATIVE else "negator" if word in NEGATORS else "filler"
+            assert role == expected
+            assert important == (role != "filler")
+        assert {i for i, _ in truth.pairs} == {i for i, role in enumerate(truth.roles) if role == "negator"}
+        assert all(truth.roles[j] == "sentiment" for _, j in truth.pairs)
+
+
+def test_taking_a_planted_pair_apart_changes_the_label_of_a_single_opinion(reviews: Split) -> None:
+    assert reviews.truth is not None
+    single = [i for i, truth in enumerate(reviews.truth) if truth.roles.count("sentiment") == len(truth.pairs) == 1]
+    assert single
+    for i in single:
+        positive = any(word in POSITIVE for word in reviews.texts[i].split())
+        assert reviews.labels[i] == (not positive)
+
+
+def test_generated_classes_are_balanced_and_lengths_have_a_long_tail(reviews: Split) -> None:
+    assert sum(reviews.labels) / len(reviews) == pytest.approx(0.5, abs=0.05)
+    lengths = sorted(len(text.split()) for text in reviews.texts)
+    median = lengths[len(lengths) // 2]
+    assert 10 < median < 25
+    assert lengths[-1] > 3 * median
+    assert lengths[-1] < 250
+
+
+def test_generated_splits_follow_from_the_seed_and_differ() -> None:
+    sizes = {"train": 30, "dev": 30, "test": 30}
+    first, again, other = synthetic(0, sizes), synthetic(0, sizes), synthetic(1, sizes)
+    assert first == again
+    texts = [split.texts for corpus in (first, other) for split in (corpus.train, corpus.dev, corpus.test)]
+    assert all(a != b for a, b in itertools.combinations(texts, 2))
+
+
+@needs_shared
+def test_sst2_parquet_gives_the_paper_subset_and_the_released_vocabulary() -> None:
+    corpus = load("sst2", SHARED / "data" / "sst2")
+    assert [len(split) for split in (corpus.train, corpus.dev, corpus.test)] == [6_244, 825, 1_743]
+    assert len(Vocabulary.of(corpus.train.texts)) == 7_008
+    assert sum(corpus.train.labels) == 3_122
+
+
+@needs_shared
+def test_sst2_gives_all_rows_when_asked() -> None:
+    corpus = load("sst2", SHARED / "data" / "sst2", all_rows=True)
+    assert [len(split) for split in (corpus.train, corpus.dev, corpus.test)] == [6_920, 872, 1_821]
+
+
+@needs_shared
+def test_imdb_parquet_gives_a_stratified_development_split_by_seed() -> None:
+    corpus, other = (load("imdb", SHARED / "data" / "imdb", seed=seed) for seed in (0, 1))
+    assert [len(split) for split in (corpus.train, corpus.dev, corpus.test)] == [20_000, 5_000, 25_000]
+    assert sum(corpus.dev.labels) == 2_500
+    assert set(corpus.dev.texts) != set(other.dev.texts)
+    whole = sorted([*corpus.train.texts, *corpus.dev.texts])
+    assert whole == sorted([*other.train.texts, *other.dev.texts])
+
+
+def treebank(folder: Path) -> Path:
+    phrases = {"A good film": 0.9, "A dull one": 0.1, "So - so": 0.5, "Fine work": 0.7, "Bad": 0.4, "Great": 0.61}
+    sentences = [*phrases, "Not among the phrases"]
+    folder.mkdir()
+    (folder / "datasetSentences.txt").write_text(
+        "sentence_index\tsentence\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(sentences, 1))
+    )
+    splits = {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 3, 7: 1}
+    (folder / "datasetSplit.txt").write_text(
+        "sentence_index,splitset_label\n" + "".join(f"{i},{split}\n" for i, split in splits.items())
+    )
+    (folder / "dictionary.txt").write_text("".join(f"{text}|{i}\n" for i, text in enumerate(phrases)))
+    (folder / "sentiment_labels.txt").write_text(
+        "phrase ids|sentiment values\n" + "".join(f"{i}|{value}\n" for i, value in enumerate(phrases.values()))
+    )
+    return folder
+
+
+@pytest.mark.parametrize("place", [".", "stanfordSentimentTreebank"])
+def test_the_raw_treebank_is_read_as_the_released_code_reads_it(tmp_path: Path, place: str) -> None:
+    treebank(tmp_path / "stanfordSentimentTreebank")
+    folder = tmp_path if place == "." else tmp_path / place
+    corpus = load("sst2", folder)
+    assert (corpus.train.texts, corpus.train.labels) == (["A dull one", "A good film"], [0, 1])
+    assert (corpus.test.texts, corpus.test.labels) == (["Bad"], [0])
+    assert (corpus.dev.texts, corpus.dev.labels) == (["Great"], [1])
+    assert load("sst2", folder, all_rows=True).train.texts == ["A dull one", "A good film", "Fine work"]
+
+
+def test_the_raw_imdb_folder_is_read(tmp_path: Path) -> None:
+    for split, label in itertools.product(("train", "test"), ("pos", "neg")):
+        folder = tmp_path / "aclImdb" / split / label
+        folder.mkdir(parents=True)
+        for i in range(10):
+            (folder / f"{i}_7.txt").write_text(f"{split} {label} {i}<br />", encoding="utf-8")
+    corpus = load("imdb", tmp_path)
+    assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (16, 4, 20)
+    for split in (corpus.train, corpus.dev, corpus.test):
+        assert all(("pos" in text) == label for text, label in zip(split.texts, split.labels, strict=True))
+
+
+def write_parquet(file: Path, **columns: list[object]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), file)
+
+
+def test_parquet_in_the_hub_layout_is_read(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_parquet(
+            tmp_path / "plain_text" / f"{split}-00000-of-00002.parquet", text=["a b", "c"] * 5, label=[0, 1] * 5
+        )
+        write_parquet(tmp_path / "plain_text" / f"{split}-00001-of-00002.parquet", text=["d"] * 5, label=[1] * 5)
+    corpus = load("imdb", tmp_path)
+    assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (12, 3, 15)
+
+
+def empty(folder: Path) -> None:
+    (folder / "notes.md").touch()
+
+
+def without_labels(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", sentence=["a"], label=[1])
+
+
+def unknown_labels(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", text=["a", "b"], label=[-1, 1])
+
+
+def no_parquet(folder: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (folder / "train.parquet").write_text("text,label")
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (empty, "holds neither train.parquet nor aclImdb, but notes.md"),
+        (without_labels, "must have columns text and label, got sentence, label"),
+        (unknown_labels, "must be 0 .* or 1 .*, found labels"),
+        (no_parquet, "cannot be read as parquet"),
+    ],
+)
+def test_a_folder_that_does_not_serve_says_why(tmp_path: Path, fill: Callable[[Path], None], message: str) -> None:
+    fill(tmp_path)
+    with pytest.raises(DataUnavailable, match=message):
+        load("imdb", tmp_path)
+
+
+def test_names_and_folders_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dataset must be one of .* got 'sst3'"):
+        load("sst3")  # type: ignore[arg-type]
+    with pytest.raises(DataUnavailable, match="nowhere' is no folder"):
+        load("sst2", tmp_path / "nowhere")
+    with pytest.raises(DataUnavailable, match="synthetic takes none"):
+        load("synthetic", tmp_path)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Packets vanish: neither a name nor a connection is ever answered; and the caches are empty."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    pytest.importorskip("datasets")
+
+    def never(*_: object, **__: object) -> None:
+        time.sleep(10)
+
+    monkeypatch.setattr(socket, "create_connection", never)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("dataset", ["sst2", "imdb"])
+def test_no_network_and_no_folder_is_an_error_in_under_two_seconds(dataset: sources.Dataset) -> None:
+    started = time.perf_counter()
+    with pytest.raises(DataUnavailable, match=r"no connection to .* give --data-dir"):
+        load(dataset)
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_cached_data_set_loads_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    prepared = tmp_path / "datasets" / "SetFit___sst2" / "default" / "0.0.0" / ("0" * 40)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    for split in ("train", "validation", "test"):
+        write_parquet(tmp_path / "source" / f"{split}.parquet", text=["good one", "bad one"], label=[1, 0])
+    builder = datasets.load_dataset_builder(
+        "parquet",
+        data_files={split: str(tmp_path / "source" / f"{split}.parquet") for split in ("train", "validation", "test")},
+        cache_dir=str(tmp_path / "built"),
+    )
+    builder.download_and_prepare(str(prepared))
+    for file in prepared.glob("parquet-*.arrow"):  # named after the data set when it comes from the hub
+        file.rename(prepared / file.name.replace("parquet", "sst2"))
+    corpus = load("sst2")
+    assert (corpus.dev.texts, corpus.dev.labels) == (["good one", "bad one"], [1, 0])
+
+
+def test_a_missing_data_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataUnavailable, match=r'pip install "safr-fast\[data\]"'):
+        load("sst2")
+
+
+def test_a_vocabulary_keeps_words_seen_twice_and_comes_back_from_json(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.of(["the film <br /> the", "<pad> Film film <br /> <pad>"])
+    assert vocabulary.words == ("<pad>", "<unk>", "the", "film", "<br", "/>", "<pad>")
+    assert vocabulary.encode("the Film <pad> film", max_len=3) == [2, 1, 6]
+    file = tmp_path / "vocabulary.json"
+    file.write_text(vocabulary.to_json(), encoding="utf-8")
+    assert Vocabulary.load(file).words == vocabulary.words
+    assert "the" in json.loads(file.read_text())
+
+
+def test_a_batch_holds_its_texts_padded_to_the_longest() -> None:
+    split = Split(["a b c", "", "b", "a x"], [1, 0, 1, 0])
+    encoded = EncodedSplit.of(split, Vocabulary(["a", "b", "c"]))
+    batch = encoded.batch([3, 1, 0])
+    assert batch.ids.tolist() == [[2, 1, 0], [0, 0, 0], [2, 3, 4]]
+    assert batch.mask.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    assert batch.labels.tolist() == [0, 0, 1]
+    assert encoded.batch([1]).ids.shape == (1, 0)
+
+
+@pytest.fixture(scope="module")
+def lengths() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3_001, generator=generator).mul(0.6).add(math.log(20)).exp().long() + 1
+
+
+def test_buckets_hold_every_text_once(lengths: torch.Tensor) -> None:
+    for order in (shuffled_buckets(lengths, 32, 0, 1), by_length(lengths, 32)):
+        assert sorted(row for rows in order for row in rows) == list(range(3_001))
+        assert max(map(len, order)) == 32
+        assert len(order) == math.ceil(3_001 / 32)
+
+
+def test_buckets_follow_from_seed_and_epoch_and_differ_between_them(lengths: torch.Tensor) -> None:
+    first = shuffled_buckets(lengths, 32, 0, 1)
+    assert first == shuffled_buckets(lengths, 32, 0, 1)
+    others = [shuffled_buckets(lengths, 32, 0, 2), shuffled_buckets(lengths, 32, 1, 1)]
+    partners = {row: rows for rows in first for row in rows}
+    for other in others:
+        assert first != other
+        company = [len(set(rows) & set(partners[rows[0]])) for rows in other]
+        assert sum(company) / len(company) < 16
+
+
+def test_buckets_waste_little_on_padding_and_come_in_no_order_of_length(lengths: torch.Tensor) -> None:
+    def waste(order: list[list[int]]) -> float:
+        return 1 - lengths.sum().item() / sum(len(rows) * int(lengths[rows].max()) for rows in order)
+
+    buckets = shuffled_buckets(lengths, 32, 0, 1)
+    unsorted = torch.randperm(len(lengths)).split(32)
+    assert waste(buckets) < 0.15
+    assert waste([rows.tolist() for rows in unsorted]) > 0.5
+    longest = torch.tensor([float(lengths[rows].max()) for rows in buckets])
+    neighbours = torch.corrcoef(torch.stack((longest[:-1], longest[1:])))[0, 1]
+    assert abs(neighbours) < 0.3
+
+
+@pytest.mark.parametrize("count", [0, 1, 32, 33])
+def test_buckets_of_few_texts(count: int) -> None:
+    order = shuffled_buckets(torch.ones(count, dtype=torch.int64), 32, 0, 0)
+    assert sorted(row for rows in order for row in rows) == list(range(count))
+    assert all(order)
