@@ -46,7 +46,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         Without options it trains on generated reviews: no network and no files needed, a few minutes on two cores.
 
-        Examples:
+        For example:
 
         safr-fast train
 

@@ -149,7 +149,8 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
     values = config.to_json()
-    return {**values, **{f"model.{name}": value for name, value in values.pop("model").items()}}
+    sizes = values.pop("model")
+    return values | {f"model.{name}": value for name, value in sizes.items()}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,0 +1,354 @@
+"""Runs: what they measure and keep, stopping and restoring, going on after a kill."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safr_fast.data import Corpus, Truth, Vocabulary, synthetic
+from safr_fast.data.batches import Batch, EncodedSplit
+from safr_fast.nn import ClassifierOutput
+from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, TrainResult, load_run, loop, train
+from safr_fast.training.agreement import Agreement, above
+from safr_fast.training.measure import evaluate
+from safr_fast.training.run import RunFolder, write_atomically
+
+TINY = ModelConfig(dim=16, heads=2, feedforward=32, mask_hidden=16)
+SIZES = {"train": 100, "dev": 40, "test": 40}
+
+
+@pytest.fixture(autouse=True)
+def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bool) -> Corpus:
+        return synthetic(seed, SIZES)
+
+    monkeypatch.setattr(loop.data, "load", load)
+
+
+def run(out: Path, *, resume: bool = False, **options: Any) -> TrainResult:
+    defaults: dict[str, Any] = {"epochs": 4, "patience": 4, "learning_rate": 1e-3, "log_every": 2, "model": TINY}
+    config = TrainConfig(out=out, device="cpu", **(defaults | options))
+    return train(config, resume=resume, report=lambda line: None)
+
+
+def records(out: Path, event: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [record for record in lines if record["event"] == event]
+
+
+def without_times(values: Any) -> Any:
+    """The same without what differs between two runs of one configuration."""
+    if isinstance(values, dict):
+        varying = ("seconds", "evaluation_seconds", "tokens_per_second", "out")
+        return {name: without_times(value) for name, value in values.items() if name not in varying}
+    return [without_times(value) for value in values] if isinstance(values, list) else values
+
+
+def contents(out: Path) -> tuple[dict[str, Tensor], Any]:
+    """Everything that a run leaves, times apart."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return RunFolder(out).load_model(), without_times(lines)
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    (weights_a, lines_a), (weights_b, lines_b) = contents(a), contents(b)
+    assert weights_a.keys() == weights_b.keys()
+    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
+    assert lines_a == lines_b
+
+
+def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    calls = iter(range(1, 1_000_000))
+
+    def forward(*arguments: Any) -> Any:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = loop.forward
+    monkeypatch.setattr(loop, "forward", forward)
+
+
+def test_metrics_hold_every_term_weighted_and_not(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", lambda_importance=0.5, lambda_interaction=0.25)
+    epochs = records(result.out, "epoch")
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4]
+    for record in epochs:
+        trained, dev = record["train"], record["dev"]
+        assert trained["importance_weighted"] == pytest.approx(0.5 * trained["importance"])
+        assert trained["interaction_weighted"] == pytest.approx(0.25 * trained["interaction"])
+        parts = trained["cross_entropy"] + trained["importance_weighted"] + trained["interaction_weighted"]
+        assert trained["total"] == pytest.approx(parts)
+        assert set(dev) == {"accuracy", "cross_entropy", "importance", "interaction", "gate"}
+        assert 0 < trained["gate"] < 1
+        assert record["seconds"] > 0
+        assert record["tokens_per_second"] > 0
+    assert epochs[-1]["train"]["total"] < epochs[0]["train"]["total"]
+    assert [record["step"] for record in records(result.out, "step")] == [2, 4, 6, 8, 10, 12, 14, 16]
+    (end,) = records(result.out, "end")
+    assert end["test"] == result.test
+    assert json.loads((result.out / "summary.json").read_text())["test"] == result.test
+
+
+def test_a_term_of_weight_zero_is_not_computed_in_training_but_measured_in_evaluation(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", lambda_importance=0.0, lambda_interaction=0.0, epochs=1)
+    (epoch,) = records(result.out, "epoch")
+    assert not {"importance", "interaction"} & set(epoch["train"])
+    assert epoch["dev"]["importance"] > 0
+    assert epoch["dev"]["interaction"] > 0
+
+
+def test_the_plain_transformer_trains_without_a_gate(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", epochs=1, model=dataclasses.replace(TINY, gate=False))
+    assert "gate" not in result.test
+    assert set(result.agreement) == {"pair_attention"}
+    assert load_run(result.out)[0].gate is None
+
+
+def test_two_runs_of_one_configuration_are_equal_to_the_bit(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    run(tmp_path / "b")
+    assert_same_runs(tmp_path / "a", tmp_path / "b")
+    run(tmp_path / "c", seed=1)
+    assert contents(tmp_path / "c")[1] != contents(tmp_path / "a")[1]
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 11], ids=lambda step: f"interrupted at step {step}")
+def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, step)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    run(tmp_path / "parts", resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert not (tmp_path / "parts" / "state.safetensors").exists()
+
+
+def test_a_kill_between_weights_and_state_repeats_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    saves = iter(range(1, 100))
+    original = RunFolder.save_state
+
+    def save_state(*arguments: Any) -> None:
+        if next(saves) == 3:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "save_state", save_state)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "ep')
+    run(tmp_path / "parts", resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_best_epoch_is_restored_and_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Development accuracy is scripted to peak at the second epoch and to fall after it."""
+    accuracies = iter([0.6, 0.8, 0.8, 0.7])
+    seen: list[dict[str, Tensor]] = []
+
+    def scripted(model: torch.nn.Module, *arguments: Any) -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return evaluate(model, *arguments) | {"accuracy": next(accuracies, 0.0)}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    result = run(tmp_path / "run", epochs=20, patience=2)
+    assert (result.best_epoch, result.epochs) == (2, 4)
+    first, second, _, last, final_dev, final_test = seen
+    for restored in (final_dev, final_test, RunFolder(result.out).load_model()):
+        assert all(torch.equal(restored[name], second[name]) for name in second)
+    for other in (first, last):
+        assert any(not torch.equal(other[name], second[name]) for name in second)
+
+
+def test_training_stops_after_patience_epochs_without_a_strict_improvement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = {"cross_entropy": 0.0, "importance": 0.0, "interaction": 0.0}
+    monkeypatch.setattr(loop, "evaluate", lambda *_: terms | {"accuracy": 0.5})
+    result = run(tmp_path / "run", epochs=20, patience=3)
+    assert (result.best_epoch, result.epochs) == (1, 4)
+
+
+def test_a_run_comes_back_from_its_folder(tmp_path: Path) -> None:
+    result = run(tmp_path / "run")
+    model, vocabulary, config = load_run(result.out)
+    assert (config.learning_rate, config.lambda_importance) == (1e-3, 0.1)
+    corpus = synthetic(0, SIZES)
+    assert vocabulary.words == Vocabulary.of(corpus.train.texts).words
+    split = EncodedSplit.of(corpus.test, vocabulary)
+    assert evaluate(model, split, config) == result.test
+
+
+def test_max_len_cuts_texts(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", max_len=3, epochs=1)
+    (epoch,) = records(result.out, "epoch")
+    assert epoch["tokens_per_second"] * epoch["seconds"] == pytest.approx(3 * SIZES["train"])
+    assert "pair_attention" not in result.agreement or math.isfinite(result.agreement["pair_attention"])
+
+
+def test_the_callers_threads_and_random_numbers_are_left_as_they_were(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    run(tmp_path / "run", epochs=1, threads=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    run(tmp_path / "empty", epochs=1)
+    before = contents(tmp_path / "empty")[1]
+    with pytest.raises(RunError, match=r"exists: go on with it by --resume, or give another folder by --out"):
+        run(tmp_path / "empty", epochs=1)
+    assert contents(tmp_path / "empty")[1] == before
+
+
+def test_resuming_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", epochs=1)
+    before = contents(tmp_path / "run")[1]
+    assert run(tmp_path / "run", resume=True, epochs=1) == result
+    assert contents(tmp_path / "run")[1] == before
+
+
+def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+
+
+def test_resuming_takes_the_runs_own_options_and_refuses_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "run", monkeypatch)
+    with pytest.raises(RunError, match=r"began with seed 0 \(now 3\), model.dim 16 \(now 32\)"):
+        run(tmp_path / "run", resume=True, seed=3, model=dataclasses.replace(TINY, dim=32))
+    result = train(TrainConfig(out=tmp_path / "run"), resume=True, report=lambda line: None)
+    assert result.epochs == 4
+
+
+def change_vocabulary(out: Path) -> None:
+    (out / "vocabulary.json").write_text('["other"]')
+
+
+def break_config(out: Path) -> None:
+    (out / "config.json").write_text('{"dataset": "synthetic"}')
+
+
+def remove_config(out: Path) -> None:
+    (out / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_vocabulary, "the data are not those that"),
+        (break_config, "config.json cannot be read"),
+        (remove_config, "holds no run"),
+    ],
+)
+def test_a_folder_that_cannot_go_on_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
+) -> None:
+    interrupted(tmp_path / "run", monkeypatch)
+    damage(tmp_path / "run")
+    with pytest.raises(RunError, match=message):
+        run(tmp_path / "run", resume=True)
+
+
+def test_resuming_nothing_names_the_latest_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"--resume needs --out, the folder of the run to go on with$"):
+        train(resume=True)
+    interrupted(tmp_path / "runs" / "synthetic-1", monkeypatch)
+    with pytest.raises(RunError, match=r"for example --out runs/synthetic-1$"):
+        train(resume=True)
+
+
+def test_loading_a_run_without_a_whole_epoch_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run")
+    with pytest.raises(RunError, match="has not finished an epoch"):
+        load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite and above 0, got nan"),
+        ({"lambda_importance": -0.1}, "lambda_importance must be finite and at least 0, got -0.1"),
+        ({"model": ModelConfig(heads=7)}, "dim must be even and a multiple of heads, got dim 256 and 7 heads"),
+        ({"model": ModelConfig(dropout=1.0)}, r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(("device", "message"), [("tpu0", "device must be auto, cpu"), ("cuda", "sees no GPU")])
+def test_devices_that_are_not_there_are_named(tmp_path: Path, device: str, message: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RunError, match=message):
+        train(TrainConfig(device=device, out=tmp_path / "run"))
+
+
+def test_a_configuration_comes_back_from_json() -> None:
+    config = TrainConfig(dataset="imdb", data_dir=Path("a/b"), out=Path("c"), model=TINY).resolved()
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert (config.max_len, config.lambda_importance) == (256, 0.01)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+
+
+def test_above_counts_pairs_with_ties_half() -> None:
+    a, b = torch.randint(0, 5, (50,)).float(), torch.randint(0, 5, (70,)).float()
+    pairs = (a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()
+    assert above(a, b) == pytest.approx(pairs.mean().item())
+
+
+def test_agreement_reads_gates_by_role_and_attention_on_pairs() -> None:
+    truth = [Truth(("filler", "negator", "sentiment"), ((1, 2),)), Truth(("sentiment",), ())]
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    gate = torch.tensor([[0.1, 0.9, 0.8], [0.6, 0.5, 0.5]])
+    q = torch.zeros(2, 1, 3, 1)
+    k = torch.zeros(2, 1, 3, 1)
+    q[0, 0, 2], k[0, 0, 1] = 1.0, math.log(2.0)
+    batch = Batch(torch.zeros(2, 3, dtype=torch.int64), mask, torch.tensor([0, 1]), [0, 1])
+    agreement = Agreement(truth)
+    agreement.add(batch, ClassifierOutput(torch.zeros(2, 2), torch.zeros(2, 3, 1), ((q, k),), gate))
+    summary = agreement.summary()
+    assert summary["gate_filler"] == pytest.approx(0.1)
+    assert summary["gate_negator"] == pytest.approx(0.9)
+    assert summary["gate_sentiment"] == pytest.approx(0.7)
+    assert summary["gate_auc"] == 1.0
+    assert summary["pair_attention"] == pytest.approx(3 * 2 / 4)
