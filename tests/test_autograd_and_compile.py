@@ -86,6 +86,7 @@ def run(name: str, impl: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 @each_call
 def test_gradcheck_and_gradgradcheck(name: str) -> None:
     inputs = [x.double().requires_grad_() for x in CALLS[name].inputs]
+
     def function(*x: Tensor) -> Tensor | tuple[Tensor, ...]:
         return CALLS[name].function(*x, impl="reference")
 

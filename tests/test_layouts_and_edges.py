@@ -273,7 +273,7 @@ def test_offsets_out_of_range(backend: str, values: list[int]) -> None:
     h = normal(5, 4, device=device_of(backend))
     with forced(backend) as impl:
         if impl == "cpp":
-            with pytest.raises(ValueError, match="cu_seqlens must (start at 0|never fall|end at or before .* 5)"):
+            with pytest.raises(ValueError, match=r"cu_seqlens must (start at 0|never fall|end at or before .* 5)"):
                 sf.row_energy(h, cu_seqlens=cu_seqlens, impl=impl)
         else:
             assert sf.row_energy(h, cu_seqlens=cu_seqlens, impl=impl)[0].isfinite().all()
