@@ -8,7 +8,7 @@ samples and query heads together.
 import triton
 import triton.language as tl
 
-from .tiles import first_row, load_rows, product, real_tokens, span_of, square_tile
+from .tiles import first_row, load_rows, matrix_tile, product, real_tokens, span_of
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def softmax_kernel(
             BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
         )  # fmt: skip
         share = weights(score, top, total, attention_scale, attention_ptr.dtype.element_ty)
-        tl.store(square_tile(attention_ptr, i0, j0, pitch, BLOCK), share)
+        tl.store(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK), share)
         row_sum += tl.sum(share.to(tl.float32), 1)
     tl.store(row_sum_ptr + local_head * pitch + i, row_sum / attention_scale)
 
@@ -116,4 +116,4 @@ def stage_kernel(
     source_ptr += sample * stride_b + head * stride_h
     tile = load_rows(source_ptr, i0, stride_t, real_i, j, T, BLOCK)
     tile = tl.where(real_j[None, :], tile, 0.0)
-    tl.store(square_tile(attention_ptr + local_head * pitch * pitch, i0, j0, pitch, BLOCK), tile)
+    tl.store(matrix_tile(attention_ptr + local_head * pitch * pitch, i0, j0, pitch, BLOCK, BLOCK), tile)

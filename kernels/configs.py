@@ -1,16 +1,20 @@
-"""Tile sizes and arithmetic by architecture, dtype and width. No Triton here: the ops' fake versions ask too."""
+"""Tile sizes and arithmetic by architecture, width of the operands and width of the rows.
 
-from dataclasses import dataclass
+No Triton here: the ops' fake versions ask for the crossover.
+"""
+
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-WIDEST_ROW = 256  # features of a token that one program can keep
+WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
 
 
 @dataclass(frozen=True)
 class Config:
-    """A kernel's tiles, tokens by the tokens they meet by features, and how a program runs."""
+    """A kernel's tiles, tokens by the tokens they meet by features summed over, and how a program runs."""
 
     rows: int
     columns: int
@@ -24,22 +28,74 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def config(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Config:
-    """The configuration of a kernel for rows of ``width`` features."""
-    block = width_block(width, WIDEST_ROW)
-    return {
-        "token": Config(64, 64, block),
-        "token_backward": Config(64, 64, block),
-        "wide": Config(64, 64, 64),
-        "wide_backward": Config(64, 64, 64, 128),
-        "moment": Config(64, 0, min(block, 64)),
-        "quadratic_form": Config(64, 0, min(block, 64)),
-        "moment_backward": Config(64, 0, min(block, 64), min(block, 128)),
-        "interaction": Config(64, 64, 64),
-        "packed": Config(64, 64, min(block, 128)),
-        "softmax": Config(64, 64, min(block, 128)),
-        "query_key_gradient": Config(64, 64, min(block, 128)),
-    }[kernel]
+# By kernel and by bits of the operands it multiplies. All compile without spilled registers for sm_80, sm_90 and gfx942
+# (tests/test_triton_compile.py) and fit the 99 KiB of shared memory of the smallest GPU of each kind, or the 64 KiB of
+# gfx942. float32 is split in two or three bfloat16 while it is multiplied, hence its small tiles.
+_CONFIGS = {
+    ("token", 16): Config(128, 64, WIDEST_ROW, num_warps=8),
+    ("token_backward", 16): Config(64, 32, WIDEST_ROW, num_warps=8),
+    ("wide", 16): Config(64, 64, 64, num_warps=8),
+    ("wide", 32): Config(64, 64, 32),
+    ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
+    ("wide_backward", 32): Config(64, 32, 32, out=64),
+    ("moment", 16): Config(64, 0, 64),
+    ("moment", 32): Config(32, 0, 64),
+    ("quadratic_form", 16): Config(64, 0, 32, num_warps=8),
+    ("quadratic_form", 32): Config(64, 0, 32),
+    ("moment_backward", 16): Config(64, 0, 64, out=128, num_warps=8),
+    ("moment_backward", 32): Config(64, 0, 32, out=64),
+    ("softmax", 16): Config(64, 64, 128),
+    ("softmax", 32): Config(64, 64, 32, num_warps=8),
+    ("interaction", 16): Config(64, 64, 64),
+    ("interaction", 32): Config(64, 64, 32, num_warps=8),
+    ("query_key_gradient", 16): Config(64, 64, 128),
+    ("query_key_gradient", 32): Config(64, 32, 32),
+    ("packed", 16): Config(64, 64, 64),
+    ("packed", 32): Config(32, 32, 32),
+}
+_OVERRIDES = {
+    "hopper": {
+        ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
+        ("token_backward", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
+        ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
+    },
+    "cdna": {
+        ("token", 16): Config(64, 64, WIDEST_ROW),
+        ("token_backward", 16): Config(64, 32, WIDEST_ROW),
+    },
+    "interpreter": {  # pays by the tile
+        ("wide", 32): Config(64, 64, 128),
+        ("wide_backward", 32): Config(64, 64, 128, out=128),
+        ("moment", 32): Config(64, 0, 128),
+        ("quadratic_form", 32): Config(64, 0, 128),
+        ("moment_backward", 32): Config(64, 0, 128, out=128),
+        ("softmax", 32): Config(64, 64, 128),
+        ("interaction", 32): Config(64, 64, 64),
+        ("query_key_gradient", 32): Config(64, 64, 128),
+        ("packed", 32): Config(64, 64, 64),
+    },
+}
+
+
+def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
+    """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
+    found = _OVERRIDES.get(architecture(device), {}).get((kernel, bits)) or _CONFIGS[kernel, bits]
+    return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Which configurations a device takes."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "cdna"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+
+
+def keeps_rows(bits: int, width: int) -> bool:
+    """Whether whole rows fit in a program; else they are cut in tiles of features."""
+    return bits == 16 and width <= WIDEST_ROW
 
 
 def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
@@ -47,23 +103,26 @@ def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
     return max(2 * E, 256)
 
 
-def product_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """How float32 products are made, see ``tiles.product``. The interpreter knows no splitting.
-
-    float16 input meets them where it is multiplied by what is derived from it, whose range float16 lacks.
-    """
-    if device.type == "cpu" or dtype == torch.bfloat16:
-        return "ieee"
-    if dtype == torch.float16:
-        return "bf16x3"
-    return {"highest": "bf16x6", "high": "bf16x3", "medium": "bf16"}[torch.get_float32_matmul_precision()]
-
-
 def moment_guard(dtype: torch.dtype) -> float:
     """Share of n2² under which a row energy made from the moment is made again from the token Gram."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "medium":
         return 0.05
     return 0.25
+
+
+def product_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How float32 operands are multiplied, see ``tiles.product``.
+
+    float16 input meets them where it is multiplied by what is derived from it, whose range float16 lacks. The
+    interpreter knows no splitting, and matrix cores of AMD multiply float32 as it is.
+    """
+    kind = architecture(device)
+    if kind == "interpreter" or dtype == torch.bfloat16:
+        return "ieee"
+    if dtype == torch.float16:
+        return "bf16x3"
+    splitting = {"highest": "ieee" if kind == "cdna" else "bf16x6", "high": "bf16x3", "medium": "bf16"}
+    return splitting[torch.get_float32_matmul_precision()]
 
 
 def width_block(width: int, largest: int) -> int:

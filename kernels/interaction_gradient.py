@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import first_row, load_rows, product, real_tokens, span_of, square_tile, store_rows
+from .tiles import first_row, load_rows, matrix_tile, product, real_tokens, span_of, store_rows
 
 
 @triton.jit
@@ -13,12 +13,10 @@ def pair_product(
 ):  # fmt: skip
     """A tile of ``M A``, as scaled as they are."""
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    local = tl.arange(0, BLOCK)
-    k = tl.arange(0, BLOCK_K)
-    pair_ptr += i0.to(tl.int64) * pitch + local[:, None] * pitch + k[None, :]
-    attention_ptr += j0 + k[:, None] * pitch + local[None, :]
     for k0 in range(k_begin, k_stop, BLOCK_K):
-        acc = product(tl.load(pair_ptr + k0), tl.load(attention_ptr + tl.cast(k0, tl.int64) * pitch), acc, PRECISION)
+        pair = tl.load(matrix_tile(pair_ptr, i0, k0, pitch, BLOCK, BLOCK_K))
+        attention = tl.load(matrix_tile(attention_ptr, k0, j0, pitch, BLOCK_K, BLOCK))
+        acc = product(pair, attention, acc, PRECISION)
     return acc
 
 
@@ -41,17 +39,17 @@ def attention_gradient_kernel(
         pair_ptr + matrix, attention_ptr + matrix, i0, j0, begin // BLOCK * BLOCK, stop, pitch,
         BLOCK, BLOCK_K, PRECISION,
     )  # fmt: skip
-    phi = tl.load(square_tile(phi_ptr + matrix, i0, j0, pitch, BLOCK)).to(tl.float32)
+    phi = tl.load(matrix_tile(phi_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32)
     i, j = i0 + tl.arange(0, BLOCK), j0 + tl.arange(0, BLOCK)
     keep = real_tokens(i, stop, row, mask_ptr)[:, None] & real_tokens(j, stop, row, mask_ptr)[None, :]
     grad_ptr += (head0 + local_head) * T * T
-    tl.store(square_tile(grad_ptr, i0, j0, T, BLOCK), 1.0 - phi - through_pairs, mask=keep)
+    tl.store(matrix_tile(grad_ptr, i0, j0, T, BLOCK, BLOCK), 1.0 - phi - through_pairs, mask=keep)
 
 
 @triton.jit
 def exponent_below(top, exponent):
     """The power of 2 that brings ``top`` to between ``2**exponent`` and twice that; 1 for 0."""
-    power = tl.minimum(tl.maximum(exponent - tl.floor(tl.log2(top)), -100.0), 100.0)
+    power = exponent - tl.floor(tl.log2(tl.maximum(top, 1e-30)))
     return tl.where(top > 0, tl.exp2(power), 1.0)
 
 
@@ -90,10 +88,12 @@ def score_gradient_kernel(
     row_term = row_term / tl.where(row_sum > 0, row_sum, 1.0)
     grad_scale = exponent_below(tl.max(row_term, 0), 13.0)
 
-    phi = tl.load(square_tile(phi_ptr + matrix, i0, j0, pitch, BLOCK)).to(tl.float32) / attention_scale
-    attention = tl.load(square_tile(attention_ptr + matrix, i0, j0, pitch, BLOCK)).to(tl.float32) / attention_scale
+    phi = tl.load(matrix_tile(phi_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
+    attention = (
+        tl.load(matrix_tile(attention_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
+    )
     grad = attention * (row_term[:, None] - phi - through_pairs)
-    tl.store(square_tile(grad_ptr + matrix, i0, j0, pitch, BLOCK), grad * grad_scale)
+    tl.store(matrix_tile(grad_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK), grad * grad_scale)
     if j_tile == begin // BLOCK:
         tl.store(grad_scale_ptr + local_head * tiles + i_tile, grad_scale)
 
@@ -104,7 +104,7 @@ def query_gradient_kernel(
     T, D, H, group, head0, pitch, tiles,
     stride_kb, stride_kh, stride_kt,
     scale,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``∂L/∂q_i = scale · Σ_j ∂L/∂s_ij k_j``"""
     i_tile = tl.program_id(0)
@@ -123,10 +123,10 @@ def query_gradient_kernel(
         j_stop = tl.minimum(stop, i0 + BLOCK)
 
     grad = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for j0 in range(begin // BLOCK * BLOCK, j_stop, BLOCK):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
-        score_grad = tl.load(square_tile(score_grad_ptr, i0, j0, pitch, BLOCK))
-        k_j = load_rows(k_ptr, j0, stride_kt, real_j, d, D, BLOCK)
+    for j0 in range(begin // BLOCK * BLOCK, j_stop, BLOCK_K):
+        real_j = real_tokens(j0 + tl.arange(0, BLOCK_K), stop, row, mask_ptr)
+        score_grad = tl.load(matrix_tile(score_grad_ptr, i0, j0, pitch, BLOCK, BLOCK_K))
+        k_j = load_rows(k_ptr, j0, stride_kt, real_j, d, D, BLOCK_K)
         grad = product(score_grad, k_j.to(score_grad.dtype), grad, PRECISION)
 
     grad *= scale / tl.load(score_grad_scale_ptr + local_head * tiles + i_tile)
@@ -140,7 +140,7 @@ def key_gradient_kernel(
     T, D, H, head0, pitch, tiles,
     stride_qb, stride_qh, stride_qt,
     scale,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``∂L/∂k_j = scale · Σ_i ∂L/∂s_ij q_i`` of one query head."""
     j0 = tl.program_id(0) * BLOCK
@@ -159,10 +159,10 @@ def key_gradient_kernel(
         i_begin = j0
 
     grad = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for i0 in range(i_begin, stop, BLOCK):
-        real_i = real_tokens(i0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
-        score_grad = tl.load(square_tile(score_grad_ptr, i0, j0, pitch, BLOCK))
-        q_i = load_rows(q_ptr, i0, stride_qt, real_i, d, D, BLOCK)
+    for i0 in range(i_begin, stop, BLOCK_K):
+        real_i = real_tokens(i0 + tl.arange(0, BLOCK_K), stop, row, mask_ptr)
+        score_grad = tl.load(matrix_tile(score_grad_ptr, i0, j0, pitch, BLOCK_K, BLOCK))
+        q_i = load_rows(q_ptr, i0, stride_qt, real_i, d, D, BLOCK_K)
         share = product(score_grad.trans(), q_i.to(score_grad.dtype), tl.zeros_like(grad), PRECISION)
         grad += share / tl.load(score_grad_scale_ptr + i0 // BLOCK)
 

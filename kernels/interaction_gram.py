@@ -6,7 +6,7 @@ G is symmetric, so each program makes one tile of its lower triangle and serves 
 import triton
 import triton.language as tl
 
-from .tiles import product, span_of, square_tile
+from .tiles import matrix_tile, product, span_of
 
 
 @triton.jit
@@ -50,17 +50,16 @@ def interaction_gram_kernel(
         k_stop = tl.minimum(stop, j0 + BLOCK)
 
     gram = tl.zeros((BLOCK, BLOCK), tl.float32)
-    local = tl.arange(0, BLOCK)
-    k = tl.arange(0, BLOCK_K)
-    a_i_ptr = attention_ptr + i0.to(tl.int64) * pitch + local[:, None] * pitch + k[None, :]
-    a_j_ptr = attention_ptr + j0.to(tl.int64) * pitch + local[:, None] * pitch + k[None, :]
     for k0 in range(begin // BLOCK * BLOCK, k_stop, BLOCK_K):
-        gram = product(tl.load(a_i_ptr + k0), tl.load(a_j_ptr + k0).trans(), gram, PRECISION)
+        a_i = tl.load(matrix_tile(attention_ptr, i0, k0, pitch, BLOCK, BLOCK_K))
+        a_j = tl.load(matrix_tile(attention_ptr, j0, k0, pitch, BLOCK, BLOCK_K))
+        gram = product(a_i, a_j.trans(), gram, PRECISION)
     gram *= 1.0 / (attention_scale * attention_scale)
 
-    attention = tl.load(square_tile(attention_ptr, i0, j0, pitch, BLOCK)).to(tl.float32) / attention_scale
+    local = tl.arange(0, BLOCK)
+    attention = tl.load(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
     above = i0 != j0
-    mirrored_ptr = square_tile(attention_ptr, j0, i0, pitch, BLOCK)
+    mirrored_ptr = matrix_tile(attention_ptr, j0, i0, pitch, BLOCK, BLOCK)
     if IS_CAUSAL:  # nothing is written above the diagonal
         mirrored = tl.load(mirrored_ptr, mask=(local[:, None] >= 0) & (i0 == j0), other=0.0)
     else:
@@ -79,10 +78,10 @@ def interaction_gram_kernel(
         row_term_ptr += local_head * tiles * pitch
         through_pairs = pair.to(tl.float32) / pair_scale * gram
         rounded_phi = phi.to(tl.float32) / attention_scale
-        tl.store(square_tile(pair_ptr, i0, j0, pitch, BLOCK), pair)
-        tl.store(square_tile(phi_ptr, i0, j0, pitch, BLOCK), phi)
+        tl.store(matrix_tile(pair_ptr, i0, j0, pitch, BLOCK, BLOCK), pair)
+        tl.store(matrix_tile(phi_ptr, i0, j0, pitch, BLOCK, BLOCK), phi)
         tl.store(row_term_ptr + j_tile * pitch + i0 + local, tl.sum(attention * rounded_phi + through_pairs, 1))
         if above:
-            tl.store(square_tile(pair_ptr, j0, i0, pitch, BLOCK), pair.trans())
-            tl.store(square_tile(phi_ptr, j0, i0, pitch, BLOCK), phi.trans())
+            tl.store(matrix_tile(pair_ptr, j0, i0, pitch, BLOCK, BLOCK), pair.trans())
+            tl.store(matrix_tile(phi_ptr, j0, i0, pitch, BLOCK, BLOCK), phi.trans())
             tl.store(row_term_ptr + i_tile * pitch + j0 + local, tl.sum(mirrored * rounded_phi + through_pairs, 0))

@@ -35,6 +35,10 @@ class Arithmetic:
     pair_scale: float
     precision: str
 
+    @property
+    def bits(self) -> int:
+        return 8 * self.matrix.itemsize
+
     @classmethod
     def of_scores(cls, q: Tensor) -> "Arithmetic":
         """A softmax's weights are at most 1 and M at most 4: fixed powers of 2 spread them over float16's range."""
@@ -63,7 +67,7 @@ class Workspace:
         self.arithmetic = arithmetic
         self.form = {"SQUARED": squared, "EXCLUDE_DIAGONAL": exclude_diagonal}
         self.is_causal = is_causal
-        self.config = configs.config("interaction", arithmetic.matrix, self.T, sample.device)
+        self.config = configs.config("interaction", arithmetic.bits, configs.WIDEST_ROW, sample.device)
         self.tiles = triton.cdiv(self.T, self.config.rows)
         self.pitch = self.tiles * self.config.rows
         self.total = sample.new_empty(batch, self.H, dtype=torch.float32)
@@ -72,8 +76,7 @@ class Workspace:
         fitting = WORKSPACE_BYTES // (matrices * self.pitch**2 * arithmetic.matrix.itemsize)
         self.heads = max(1, min(batch * self.H, fitting))
         matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
-        self.attention = matrix[0]
-        self.pair, self.phi = matrix[1:] if need_grad else (None, None)
+        self.attention, self.pair, self.phi = matrix if need_grad else (*matrix, None, None)
         self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
         self.row_sum = self.total.new_empty(self.heads, self.pitch)
         self.loss = self.total.new_empty(self.heads, self.tiles, self.tiles)
@@ -85,7 +88,7 @@ class Workspace:
 
     def gram(self, head0: int, heads: int) -> None:
         """The loss of a chunk and, for the gradient, M, φ(G) and the row term."""
-        loss = self.loss[:heads].zero_()
+        loss = self.loss.narrow(0, 0, heads).zero_()
         interaction_gram_kernel[(self.tiles, self.tiles, heads)](
             self.attention, self.span, self.pair, self.phi, self.row_term, loss,
             self.T, self.H, head0, self.pitch, self.tiles,
@@ -93,7 +96,7 @@ class Workspace:
             BLOCK=self.config.rows, BLOCK_K=self.config.features, IS_CAUSAL=self.is_causal, **self.form,
             PRECISION=self.arithmetic.precision, **self.config.execution,
         )  # fmt: skip
-        torch.sum(loss, (1, 2), out=self.total.view(-1)[head0 : head0 + heads])
+        torch.sum(loss, (1, 2), out=self.total.view(-1).narrow(0, head0, heads))
 
 
 def from_attention(
@@ -151,7 +154,7 @@ def from_qk(
 def _launch_softmax(
     work: Workspace, q: Tensor, k: Tensor, mask: Tensor | None, head0: int, heads: int, scale: float
 ) -> None:
-    config = configs.config("softmax", q.dtype, q.shape[-1], q.device)
+    config = configs.config("softmax", 8 * q.dtype.itemsize, q.shape[-1], q.device)
     softmax_kernel[(work.tiles, heads)](
         q, k, mask, work.span, work.attention, work.row_sum,
         work.T, q.shape[-1], work.H, work.H // k.shape[1], head0, work.pitch, *q.stride()[:3], *k.stride()[:3],
@@ -180,10 +183,11 @@ def _launch_query_and_key_gradient(
     head0: int, heads: int, scale: float, grad_q: Tensor, grad_k: Tensor,
 ) -> None:  # fmt: skip
     D = q.shape[-1]
-    config = configs.config("query_key_gradient", q.dtype, D, q.device)
+    config = configs.config("query_key_gradient", 8 * q.dtype.itemsize, D, q.device)
     grid = (work.tiles, triton.cdiv(D, config.features), heads)
     options = {
         "BLOCK": work.config.rows,
+        "BLOCK_K": config.columns,
         "BLOCK_D": config.features,
         "IS_CAUSAL": work.is_causal,
         "PRECISION": work.arithmetic.precision,

@@ -12,7 +12,7 @@ import triton.language as tl
 from .attention_workspace import scores, softmax_step, weights
 from .interaction_gradient import exponent_below
 from .interaction_gram import pair_terms
-from .tiles import count_of, first_row, load_rows, product, square_tile, tile_of
+from .tiles import count_of, first_row, load_rows, matrix_tile, product, tile_of
 
 
 @triton.jit
@@ -128,8 +128,8 @@ def packed_gram_kernel(
         pair = (pair * pair_scale).to(pair_ptr.dtype.element_ty)
         phi = (phi * attention_scale).to(phi_ptr.dtype.element_ty)
         strip = local_strip * BLOCK * pitch
-        tl.store(square_tile(pair_ptr + strip, 0, j0, pitch, BLOCK), pair)
-        tl.store(square_tile(phi_ptr + strip, 0, j0, pitch, BLOCK), phi)
+        tl.store(matrix_tile(pair_ptr + strip, 0, j0, pitch, BLOCK, BLOCK), pair)
+        tl.store(matrix_tile(phi_ptr + strip, 0, j0, pitch, BLOCK, BLOCK), phi)
         row_term = attention * (phi.to(tl.float32) / attention_scale) + pair.to(tl.float32) / pair_scale * gram
         tl.store(row_term_ptr + (local_strip * tiles + j_tile) * BLOCK + local, tl.sum(row_term, 1))
 
@@ -165,7 +165,7 @@ def packed_score_gradient_kernel(
     through_pairs = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k0 in range(k_begin, stop, BLOCK):
         a_k = attention_tile(here, k0, j0, DTYPE, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION)
-        pair = tl.load(square_tile(pair_ptr + strip, 0, k0, pitch, BLOCK))
+        pair = tl.load(matrix_tile(pair_ptr + strip, 0, k0, pitch, BLOCK, BLOCK))
         through_pairs = product(pair, a_k, through_pairs, PRECISION)
     through_pairs *= 1.0 / (pair_scale * attention_scale)
 
@@ -178,9 +178,9 @@ def packed_score_gradient_kernel(
     grad_scale = exponent_below(tl.max(row_term, 0), 13.0)
 
     attention = attention_tile(here, i0, j0, DTYPE, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION)
-    phi = tl.load(square_tile(phi_ptr + strip, 0, j0, pitch, BLOCK)).to(tl.float32) / attention_scale
+    phi = tl.load(matrix_tile(phi_ptr + strip, 0, j0, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
     grad = attention.to(tl.float32) / attention_scale * (row_term[:, None] - phi - through_pairs)
-    tl.store(square_tile(grad_ptr + strip, 0, j0, pitch, BLOCK), grad * grad_scale)
+    tl.store(matrix_tile(grad_ptr + strip, 0, j0, pitch, BLOCK, BLOCK), grad * grad_scale)
     if j_tile == 0:
         tl.store(grad_scale_ptr + local_strip, grad_scale)
 
@@ -210,7 +210,7 @@ def packed_query_gradient_kernel(
 
     grad = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for j0 in range(0, j_stop, BLOCK):
-        score_grad = tl.load(square_tile(score_grad_ptr, 0, j0, pitch, BLOCK))
+        score_grad = tl.load(matrix_tile(score_grad_ptr, 0, j0, pitch, BLOCK, BLOCK))
         k_j = load_rows(k_ptr, j0, stride_kt, j0 + tl.arange(0, BLOCK) < stop, d, D, BLOCK)
         grad = product(score_grad, k_j.to(score_grad.dtype), grad, PRECISION)
     grad *= scale / tl.load(score_grad_scale_ptr + local_strip)
@@ -248,7 +248,7 @@ def packed_key_gradient_kernel(
     grad = tl.load(grad_k_ptr, mask=inside, other=0.0)
     for tile in range(tile_begin, tile_stop):
         strip = first_strip + tile - strip0
-        score_grad = tl.load(square_tile(score_grad_ptr + strip * BLOCK * pitch, 0, j0, pitch, BLOCK))
+        score_grad = tl.load(matrix_tile(score_grad_ptr + strip * BLOCK * pitch, 0, j0, pitch, BLOCK, BLOCK))
         i0 = tile * BLOCK
         q_i = load_rows(q_ptr, i0, stride_qt, i0 + tl.arange(0, BLOCK) < stop, d, D, BLOCK)
         share = product(score_grad.trans(), q_i.to(score_grad.dtype), tl.zeros_like(grad), PRECISION)

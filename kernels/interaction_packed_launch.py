@@ -42,7 +42,7 @@ def from_qk(
         return total, grad_q, grad_k
     q, k, cu_seqlens = readable(q), readable(k), cu_seqlens.contiguous()
     arithmetic = Arithmetic.of_scores(q)
-    config = configs.config("packed", arithmetic.matrix, D, q.device)
+    config = configs.config("packed", 8 * q.dtype.itemsize, D, q.device)
     block = config.rows
     slots, tiles = N // block + S, triton.cdiv(N, block)
     pitch = tiles * block
@@ -73,7 +73,7 @@ def from_qk(
             *rows, pair, phi, row_term, loss.zero_(), *sizes, *strides, *scales, arithmetic.pair_scale,
             SQUARED=squared, EXCLUDE_DIAGONAL=exclude_diagonal, **attention,
         )  # fmt: skip
-        torch.sum(loss[:count], 1, out=strip_loss[strip0 : strip0 + count])
+        torch.sum(loss.narrow(0, 0, count), 1, out=strip_loss.narrow(0, strip0, count))
         if need_grad:
             packed_score_gradient_kernel[(tiles, count)](
                 *rows, row_sum, pair, phi, row_term, score_grad, score_grad_scale,

@@ -34,6 +34,8 @@ class Batch:
         self.guard = configs.moment_guard(h.dtype)
         self.precision = configs.product_precision(h.dtype, h.device)
         self.derived = tl.bfloat16 if h.dtype == torch.bfloat16 else tl.float32
+        self.bits = 8 * h.dtype.itemsize
+        self.derived_bits = self.derived.primitive_bitwidth
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -48,12 +50,8 @@ class Batch:
         """Slots for the tiles of all sequences, see ``tiles.tile_of``."""
         return self.T // rows + self.S if self.packed else self.S * triton.cdiv(self.T, rows)
 
-    def config(self, kernel: str) -> configs.Config:
-        return configs.config(kernel, self.h.dtype, self.E, self.h.device)
-
-    @property
-    def is_wide(self) -> bool:
-        return self.E > configs.WIDEST_ROW
+    def config(self, kernel: str, bits: int) -> configs.Config:
+        return configs.config(kernel, bits, self.E, self.h.device)
 
 
 def forward(
@@ -99,8 +97,9 @@ def backward(
 
 
 def _launch_token(batch: Batch, energy: Tensor, norm: Tensor) -> None:
-    kernel = row_energy_wide_kernel if batch.is_wide else row_energy_token_kernel
-    config = batch.config("wide" if batch.is_wide else "token")
+    keeps_rows = configs.keeps_rows(batch.bits, batch.E)
+    kernel = row_energy_token_kernel if keeps_rows else row_energy_wide_kernel
+    config = batch.config("token" if keeps_rows else "wide", batch.bits)
     kernel[(batch.tiles(config.rows),)](
         *batch.tensors, energy, norm, *batch.sizes,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
@@ -110,19 +109,18 @@ def _launch_token(batch: Batch, energy: Tensor, norm: Tensor) -> None:
 
 def _launch_token_backward(batch: Batch, grad_energy: Tensor, grad_norm: Tensor, grad_h: Tensor) -> None:
     tensors = (*batch.tensors, grad_energy, grad_norm, grad_h)
-    if batch.is_wide:
-        config = batch.config("wide_backward")
-        grid = (batch.tiles(config.rows), triton.cdiv(batch.E, config.out))
-        row_energy_wide_backward_kernel[grid](
-            *tensors, *batch.sizes,
-            BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
-            DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
-        )  # fmt: skip
-    else:
-        config = batch.config("token_backward")
+    if configs.keeps_rows(batch.derived_bits, batch.E):
+        config = batch.config("token_backward", batch.derived_bits)
         row_energy_token_backward_kernel[(batch.tiles(config.rows),)](
             *tensors, *batch.sizes,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features,
+            DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+        )  # fmt: skip
+    else:
+        config = batch.config("wide_backward", batch.derived_bits)
+        row_energy_wide_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
+            *tensors, *batch.sizes,
+            BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
             DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
         )  # fmt: skip
 
@@ -135,7 +133,7 @@ def _launch_moment(
     grad_energy: Tensor | None = None,
 ) -> None:
     """Fills ``moments``, weighted by ``grad_energy`` if given. Long sequences are shared out, and the shares summed."""
-    config = batch.config("moment")
+    config = batch.config("moment", batch.bits if grad_energy is None else batch.derived_bits)
     pairs = triton.cdiv(batch.E, config.features) ** 2
     most = min(PARTIAL_BYTES // (4 * moments.numel()), triton.cdiv(batch.T, 4 * config.rows))
     shares = max(1, min(PROGRAMS // (pairs * batch.slots), most))
@@ -150,7 +148,7 @@ def _launch_moment(
 
 
 def _launch_quadratic_form(batch: Batch, moments: Tensor, energy: Tensor, norm: Tensor) -> None:
-    config = batch.config("quadratic_form")
+    config = batch.config("quadratic_form", batch.derived_bits)
     quadratic_form_kernel[(batch.tiles(config.rows),)](
         *batch.tensors, moments, energy, norm, *batch.sizes,
         BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
@@ -159,7 +157,7 @@ def _launch_quadratic_form(batch: Batch, moments: Tensor, energy: Tensor, norm: 
 
 
 def _launch_repair(batch: Batch, energy: Tensor, norm: Tensor) -> None:
-    config = batch.config("wide")
+    config = batch.config("wide", batch.bits)
     row_energy_repair_kernel[(batch.tiles(config.rows),)](
         *batch.tensors, energy, norm, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
@@ -168,7 +166,7 @@ def _launch_repair(batch: Batch, energy: Tensor, norm: Tensor) -> None:
 
 
 def _launch_moment_backward(batch: Batch, moments: Tensor, weighted: Tensor, *rows_and_grad_h: Tensor) -> None:
-    config = batch.config("moment_backward")
+    config = batch.config("moment_backward", batch.derived_bits)
     moment_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
         *batch.tensors, moments, weighted, *rows_and_grad_h, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_E=config.features, BLOCK_OUT=config.out,
@@ -177,7 +175,7 @@ def _launch_moment_backward(batch: Batch, moments: Tensor, weighted: Tensor, *ro
 
 
 def _launch_repair_backward(batch: Batch, *rows_and_grad_h: Tensor) -> None:
-    config = batch.config("wide_backward")
+    config = batch.config("wide_backward", batch.derived_bits)
     row_energy_repair_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
         *batch.tensors, *rows_and_grad_h, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,

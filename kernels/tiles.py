@@ -123,10 +123,10 @@ def store_rows(ptr, first, keep, column, columns, values, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def square_tile(ptr, i0, j0, pitch, BLOCK: tl.constexpr):
-    """Pointers to one tile of a T×T matrix."""
-    local = tl.arange(0, BLOCK)
-    return ptr + tl.cast(i0, tl.int64) * pitch + j0 + local[:, None] * pitch + local[None, :]
+def matrix_tile(ptr, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to one tile of a matrix."""
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    return ptr + tl.cast(i0, tl.int64) * pitch + j0 + i[:, None] * pitch + j[None, :]
 
 
 @triton.jit
