@@ -204,7 +204,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
 
     def never(*_: object, **__: object) -> None:
-        time.sleep(10)
+        time.sleep(5)
+        raise TimeoutError
 
     monkeypatch.setattr(socket, "create_connection", never)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -313,7 +313,7 @@ def test_devices_that_are_not_there_are_named(tmp_path: Path, device: str, messa
 def test_a_configuration_comes_back_from_json() -> None:
     config = TrainConfig(dataset="imdb", data_dir=Path("a/b"), out=Path("c"), model=TINY).resolved()
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    assert (config.max_len, config.lambda_importance) == (256, 0.01)
+    assert (config.max_len, config.lambda_importance, config.epochs) == (256, 0.01, 100)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from safr_fast.training.errors import OptionError
 # What a run takes where it is told nothing else. The weights belong to the variant "released": the paper's for real
 # reviews; for generated ones, which are shorter, such that the gate closes on filler and stays open on planted words.
 _OWN: dict[str, dict[str, Any]] = {
-    "synthetic": {"max_len": 0, "lambda_importance": 0.1, "lambda_interaction": 0.1},
-    "sst2": {"max_len": 0, "lambda_importance": 1.0, "lambda_interaction": 0.1},
-    "imdb": {"max_len": 256, "lambda_importance": 0.01, "lambda_interaction": 0.01},
+    "synthetic": {"epochs": 15, "max_len": 0, "lambda_importance": 0.1, "lambda_interaction": 0.1},
+    "sst2": {"epochs": 100, "max_len": 0, "lambda_importance": 1.0, "lambda_interaction": 0.1},
+    "imdb": {"epochs": 100, "max_len": 256, "lambda_importance": 0.01, "lambda_interaction": 0.01},
 }
 
 
@@ -72,8 +72,8 @@ class TrainConfig:
     """Of Adam."""
     batch_size: int = 32
     """Texts in a batch; texts of similar length go together."""
-    epochs: int = 100
-    """At most."""
+    epochs: int | None = None
+    """At most; by default 100, for synthetic 15."""
     patience: int = 3
     """Stop after this many epochs without a better development accuracy."""
     seed: int = 0
@@ -90,14 +90,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.model.check()
-        for name in ("batch_size", "epochs", "patience", "log_every"):
+        for name in ("batch_size", "epochs", "patience", "log_every", "threads"):
             _at_least(self, name, 1)
-        for name in ("seed", "data_seed"):
+        for name in ("seed", "data_seed", "max_len"):
             _at_least(self, name, 0)
-        if self.max_len is not None:
-            _at_least(self, "max_len", 0)
-        if self.threads is not None:
-            _at_least(self, "threads", 1)
         for name in ("lambda_importance", "lambda_interaction"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -123,5 +119,5 @@ class TrainConfig:
 
 def _at_least(config: object, name: str, least: int) -> None:
     value = getattr(config, name)
-    if value < least:
+    if value is not None and value < least:
         raise OptionError(f"{name} must be at least {least}, got {value!r}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def train(
 
 
 class _Run:
-    """A model, its optimiser and its data between the first epoch and the last."""
+    """A model, its optimiser and its data between the first epoch and the last; ``config`` is resolved."""
 
     def __init__(
         self, config: TrainConfig, folder: RunFolder, device: torch.device, report: Callable[[str], None]
@@ -84,14 +84,15 @@ class _Run:
         )
         self.truth = corpus.test.truth
         self.loss = SAFRLoss(
-            config.lambda_importance or 0.0,
-            config.lambda_interaction or 0.0,
+            cast(float, config.lambda_importance),
+            cast(float, config.lambda_interaction),
             variant=config.variant,
             impl=config.impl,
         )
         torch.manual_seed(epoch_seed(config.seed, 0))
         self.model = build_model(len(self.vocabulary), config.model).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.epochs = cast(int, config.epochs)
         self.progress = Progress()
 
     def go(self) -> TrainResult:
@@ -115,7 +116,7 @@ class _Run:
 
     def _goes_on(self) -> bool:
         progress = self.progress
-        return progress.epoch < self.config.epochs and progress.epoch - progress.best_epoch < self.config.patience
+        return progress.epoch < self.epochs and progress.epoch - progress.best_epoch < self.config.patience
 
     def _epoch(self, epoch: int) -> None:
         started = time.perf_counter()
@@ -168,7 +169,7 @@ class _Run:
         if best:
             self.folder.save_model(_on_cpu(self.model.state_dict()))
         self.folder.save_state(self._tensors(), self.progress)
-        left = (self.config.epochs - epoch) * self.progress.seconds / epoch if self._goes_on() else None
+        left = (self.epochs - epoch) * self.progress.seconds / epoch if self._goes_on() else None
         self.report(lines.epoch(record, left))
 
     def _finish(self) -> TrainResult:
