@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import safr_fast as sf
+from safr_fast import functional
 
 
 def released_importance(h: Tensor) -> Tensor:
@@ -109,13 +110,13 @@ def test_a_term_without_weight_is_not_computed(monkeypatch: pytest.MonkeyPatch) 
     logits, target, h, q, k = batch()
     calls = []
     for name in ("importance_loss", "interaction_loss_from_qk"):
-        original = getattr(sf.functional, name)
+        original = getattr(functional, name)
 
         def counted(*args, name=name, original=original, **kwargs):
             calls.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(sf.functional, name, counted)
+        monkeypatch.setattr(functional, name, counted)
     parts = sf.SAFRLoss(0.0, 0.0)(logits, target, hidden=h, qk=(q, k), return_parts=True)
     assert calls == []
     assert parts.importance is None
