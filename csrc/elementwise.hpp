@@ -23,8 +23,8 @@ struct Elementwise {
   // out = scale · x, rounded. In place for float32.
   void (*narrow)(const float* x, float scale, int64_t n, Dtype, void* out);
   float (*dot)(const float* x, const float* y, int64_t n);
-  // y += scale · x
-  void (*add_scaled)(const float* x, float scale, int64_t n, float* y);
+  // out = a · x + y + b · z, in place where out is one of them
+  void (*combine)(float a, const float* x, const float* y, float b, const float* z, int64_t n, float* out);
   // out (cols × rows) = xᵀ
   void (*transpose)(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 
 #include "kernels.hpp"
 #include "threads.hpp"
@@ -88,11 +89,49 @@ class Operand {
   char* data_;
 };
 
+// The columns of a right operand, block by block: packed once where all of it is small, else anew for each use.
+class ColumnBlocks {
+ public:
+  // `needed` gives the range of k that a block of columns is multiplied over.
+  template <typename Needed>
+  ColumnBlocks(const Product& product, const Crew& crew, Workspace& workspace, const View& matrix, int64_t cols,
+               int64_t k, const Needed& needed)
+      : product_(product), matrix_(matrix), k_(k) {
+    constexpr int64_t small = 4 << 20;
+    if (cols * k * product.right_bytes > small) return;
+    shared_.emplace(product, Side::right, workspace, cols, k);
+    const int64_t side = block_side(product);
+    crew.each(divide_up(cols, side), [&](int64_t index) {
+      const Range js = block(index, side, cols);
+      shared_->pack(matrix, js.begin, js, needed(js));
+    });
+  }
+
+  bool shared() const { return shared_.has_value(); }
+
+  // Calls body(operand, columns of it) for a block of columns and the k in `ks`.
+  template <typename Body>
+  void with(Range cols, Range ks, const Body& body) const {
+    if (shared_) return body(*shared_, cols);
+    Workspace& workspace = Workspace::own();
+    const Workspace::Mark mark(workspace);
+    const Operand own(product_, Side::right, workspace, cols.size(), k_);
+    own.pack(matrix_, cols.begin, {0, cols.size()}, ks);
+    body(own, Range{0, cols.size()});
+  }
+
+ private:
+  const Product& product_;
+  View matrix_;
+  int64_t k_;
+  std::optional<Operand> shared_;
+};
+
 constexpr int64_t kWhole = -(int64_t(1) << 62);
 
 // c = left[rows] · right[cols] summed over ks, added to c where `accumulate`. Ranges begin at panels, and at a multiple
-// of the depth; c has room for whole panels. Tiles that lie below the diagonal are left out: those whose first row, plus
-// `below`, is not less than the end of their columns.
+// of the depth; c has room for whole panels. Tiles that lie below the diagonal are left out: those whose first row,
+// plus `below`, is not less than the end of their columns.
 inline void multiply(const Operand& left, Range rows, const Operand& right, Range cols, Range ks, float* c,
                      int64_t stride, bool accumulate = false, int64_t below = kWhole) {
   const Product& p = left.product;
@@ -102,8 +141,8 @@ inline void multiply(const Operand& left, Range rows, const Operand& right, Rang
     for (int64_t i = rows.begin; i < rows.end; i += p.mr) {
       for (int64_t j = cols.begin; j < cols.end; j += p.nr) {
         if (i + below >= j + p.nr) continue;
-        p.tile(left.padded(k0), left.panel(k0, i / p.mr), right.panel(k0, j / p.nr),
-               c + (i - rows.begin) * stride + j - cols.begin, stride, add);
+        float* out = c + (i - rows.begin) * stride + j - cols.begin;
+        p.tile(left.padded(k0), left.panel(k0, i / p.mr), right.panel(k0, j / p.nr), out, stride, add);
       }
     }
   }

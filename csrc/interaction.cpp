@@ -8,8 +8,7 @@
 namespace safr {
 namespace {
 
-constexpr int64_t kSharedOperand = 4 << 20;  // bytes of a packed operand that is made once, not for each group of rows
-constexpr int64_t kGroupBlocks = 2;          // blocks of rows that share a column block packed on the way
+constexpr int64_t kGroupBlocks = 2;  // blocks of rows that share a block of columns which is packed for them
 
 // One head of one sequence: its attention matrix over real tokens, and how to work on it.
 struct Head {
@@ -61,47 +60,14 @@ class HalfMatrix {
   std::vector<float*> blocks_;
 };
 
-// The right operand of products with T×T matrices: packed once where it is small, else for each group of rows anew.
-class Columns {
- public:
-  // `depth_of` gives the k that a block of columns is needed for.
-  template <typename DepthOf>
-  Columns(const Head& head, Workspace& workspace, const View& matrix, const DepthOf& depth_of)
-      : head_(head), matrix_(matrix) {
-    if (head.count * head.count * head.product.right_bytes > kSharedOperand) return;
-    shared_.emplace_back(head.product, Side::right, workspace, head.count, head.count);
-    head.crew.each(head.blocks(), [&](int64_t index) {
-      const Range cols = head.rows(index);
-      shared_[0].pack(matrix, cols.begin, cols, depth_of(cols));
-    });
-  }
-
-  // How many blocks of rows to work on at once.
-  int64_t group() const { return shared_.empty() ? kGroupBlocks : 1; }
-
-  // Calls body(operand, columns of it) for a block of columns, needed for the k in ks.
-  template <typename Body>
-  void with(Range cols, Range ks, const Body& body) const {
-    if (!shared_.empty()) return body(shared_[0], cols);
-    Workspace& workspace = Workspace::own();
-    const Workspace::Mark mark(workspace);
-    const Operand own(head_.product, Side::right, workspace, cols.size(), head_.count);
-    own.pack(matrix_, cols.begin, {0, cols.size()}, ks);
-    body(own, Range{0, cols.size()});
-  }
-
- private:
-  const Head& head_;
-  View matrix_;
-  std::vector<Operand> shared_;
-};
-
 // Returns Σ A_ij (1 − φ(G_ij)) from half of G = A Aᵀ; fills φ and M = φ'(G) ∘ (A + Aᵀ) unless they are null.
 double pair_sum(const Head& head, const HalfMatrix* phi, float* m, int64_t m_stride) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
   const int64_t side = head.side(), stride = row_stride(head.product, side);
-  const Columns columns(head, workspace, transposed(head.attention()), [&](Range js) { return head.until(js.end); });
+  const ColumnBlocks columns(head.product, head.crew, workspace, transposed(head.attention()), head.count, head.count,
+                             [&](Range js) { return head.until(js.end); });
+  const int64_t group_blocks = columns.shared() ? 1 : kGroupBlocks;
   std::vector<double> losses(size_t(head.blocks()), 0.0);
 
   const auto visit = [&](const Operand& left, Range lines, int64_t i, int64_t j, const Operand& right, Range cols,
@@ -122,10 +88,10 @@ double pair_sum(const Head& head, const HalfMatrix* phi, float* m, int64_t m_str
     losses[size_t(i)] += head.pass.interaction(b);
   };
 
-  head.crew.each(divide_up(head.blocks(), columns.group()), [&](int64_t index) {
+  head.crew.each(divide_up(head.blocks(), group_blocks), [&](int64_t index) {
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);
-    const Range group = block(index, columns.group(), head.blocks());
+    const Range group = block(index, group_blocks, head.blocks());
     const Range is = {head.rows(group.begin).begin, head.rows(group.end - 1).end};
     const Operand left(head.product, Side::left, own, is.size(), head.count);
     left.pack(head.attention(), is.begin, {0, is.size()}, head.until(is.end));
@@ -147,11 +113,13 @@ template <typename Finish>
 void weighted_rows(const Head& head, const HalfMatrix& phi, float* m, int64_t stride, const Finish& finish) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
-  const Columns columns(head, workspace, head.attention(), [&](Range js) { return head.since(js.begin); });
-  head.crew.each(divide_up(head.blocks(), columns.group()), [&](int64_t index) {
+  const ColumnBlocks columns(head.product, head.crew, workspace, head.attention(), head.count, head.count,
+                             [&](Range js) { return head.since(js.begin); });
+  const int64_t group_blocks = columns.shared() ? 1 : kGroupBlocks;
+  head.crew.each(divide_up(head.blocks(), group_blocks), [&](int64_t index) {
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);
-    const Range group = block(index, columns.group(), head.blocks());
+    const Range group = block(index, group_blocks, head.blocks());
     const Range is = {head.rows(group.begin).begin, head.rows(group.end - 1).end};
     {
       const Workspace::Mark product_mark(own);
@@ -184,10 +152,10 @@ struct Output {
   float* row(int64_t i) const { return data + sequence.position(i) * token_stride; }
 };
 
-// out = left · right, where row i of left holds only the k that depth_of(block of rows) gives.
-template <typename DepthOf>
+// out = left · right, where a block of rows of left is zero but for the k that needed(rows) gives.
+template <typename Needed>
 void project(const Head& head, const View& left_matrix, const View& right_matrix, int64_t width, const Output& out,
-             const DepthOf& depth_of) {
+             const Needed& needed) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
   const Product& p = head.product;
@@ -198,7 +166,7 @@ void project(const Head& head, const View& left_matrix, const View& right_matrix
   head.crew.each(head.blocks(), [&](int64_t index) {
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);
-    const Range is = head.rows(index), ks = depth_of(is);
+    const Range is = head.rows(index), ks = needed(is);
     const Operand left(p, Side::left, own, is.size(), head.count);
     left.pack(left_matrix, is.begin, {0, is.size()}, ks);
     const int64_t stride = row_stride(p, width);
@@ -247,7 +215,8 @@ View head_view(const Heads& heads, const Sequence& sequence, int64_t head) {
 template <typename Body>
 void each_head(const Kernels& kernels, int threads, const Sequences& sequences, int64_t heads, const Body& body) {
   std::vector<double> costs;
-  for (const Sequence& sequence : sequences.all()) costs.insert(costs.end(), size_t(heads), std::pow(sequence.count, 3));
+  for (const Sequence& sequence : sequences.all())
+    costs.insert(costs.end(), size_t(heads), std::pow(sequence.count, 3));
   share_out(kernels, threads, costs, [&](int64_t index, const Crew& crew) {
     body(sequences.all()[size_t(index / heads)], index / heads, index % heads, crew);
   });

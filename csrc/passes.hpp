@@ -1,4 +1,5 @@
-// Bodies of the passes between products. A unit includes this after its vector layer and names kElementwise in its table.
+// Bodies of the passes between products. A unit includes this after its vector layer, and names kElementwise in its
+// table.
 #pragma once
 
 #include "elementwise.hpp"
@@ -15,26 +16,55 @@ inline Vec all(float x) { return broadcast(&x); }
 inline Vec select(Ints mask, Vec yes, Vec no) { return (Vec)((mask & (Ints)yes) | (~mask & (Ints)no)); }
 inline Words select(Ints mask, Words yes, Words no) { return ((Words)mask & yes) | (~(Words)mask & no); }
 
+template <typename Operation>
+inline float reduce(Vec x, const Operation& operation) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = operation(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
 inline float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+  return reduce(x, [](float a, float b) { return a + b; });
 }
 
-// Lanes that are missing read as zero; a count below 1 means none.
+// How many lanes of a vector exist. Missing ones read as zero and are not written.
+struct Full {};
+struct Part {
+  int count;
+};
+
 template <typename T>
-inline Vec load_lanes(const T* p, int64_t count) {
-  return count >= kLanes ? load(p) : count > 0 ? load_part(p, int(count)) : zero();
+inline Vec load_lanes(const T* p, Full) {
+  return load(p);
+}
+template <typename T>
+inline Vec load_lanes(const T* p, Part part) {
+  return load_part(p, part.count);
+}
+inline void store_lanes(float* p, Vec x, Full) { store(p, x); }
+inline void store_lanes(float* p, Vec x, Part part) { store_part(p, x, part.count); }
+
+// x, with `fill` in lanes that do not exist.
+inline Vec fill_tail(Vec x, Full, float) { return x; }
+inline Vec fill_tail(Vec x, Part part, float fill) {
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return select(lane < Ints{} + part.count, x, all(fill));
 }
 
-inline void store_lanes(float* p, Vec x, int64_t count) {
-  if (count >= kLanes) return store(p, x);
-  if (count > 0) store_part(p, x, int(count));
+// Calls body(i, lanes) for each vector of n elements.
+template <typename Body>
+inline void for_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, Full{});
+  if (i < n) body(i, Part{int(n - i)});
 }
 
 template <typename T>
 void widen_from(const T* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kLanes) store_lanes(out + i, load_lanes(x + i, n - i), n - i);
+  for_lanes(n, [&](int64_t i, auto lanes) { store_lanes(out + i, load_lanes(x + i, lanes), lanes); });
 }
 
 void widen(const void* x, Dtype dtype, int64_t n, float* out) {
@@ -61,86 +91,117 @@ inline Words float16_bits(Vec x) {
   return select((Ints)(magnitude >= 0x477ff000u), special, finite) | (bits >> 16 & 0x8000u);
 }
 
+template <typename Bits>
+void narrow_to(const float* x, Vec scale, int64_t n, uint16_t* out, const Bits& bits) {
+  for_lanes(n, [&](int64_t i, auto lanes) {
+    const HalfWords half = __builtin_convertvector(bits(load_lanes(x + i, lanes) * scale), HalfWords);
+    __builtin_memcpy(out + i, &half, size_t(2 * min(kLanes, n - i)));
+  });
+}
+
 void narrow(const float* x, float scale, int64_t n, Dtype dtype, void* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec scaled = load_lanes(x + i, n - i) * all(scale);
-    if (dtype == Dtype::float32) {
-      store_lanes(static_cast<float*>(out) + i, scaled, n - i);
-      continue;
-    }
-    const Words bits = dtype == Dtype::bfloat16 ? bfloat16_bits(scaled) : float16_bits(scaled);
-    const HalfWords half = __builtin_convertvector(bits, HalfWords);
-    __builtin_memcpy(static_cast<uint16_t*>(out) + i, &half, size_t(2 * min(kLanes, n - i)));
+  const Vec factor = all(scale);
+  float* same = static_cast<float*>(out);
+  switch (dtype) {
+    case Dtype::float32:
+      return for_lanes(n, [&](int64_t i, auto lanes) {
+        store_lanes(same + i, load_lanes(x + i, lanes) * factor, lanes);
+      });
+    case Dtype::bfloat16:
+      return narrow_to(x, factor, n, static_cast<uint16_t*>(out), [](Vec v) { return bfloat16_bits(v); });
+    case Dtype::float16:
+      return narrow_to(x, factor, n, static_cast<uint16_t*>(out), [](Vec v) { return float16_bits(v); });
   }
 }
 
 float dot(const float* x, const float* y, int64_t n) {
-  Vec even = zero(), odd = zero();
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    even = multiply_add(load_lanes(x + i, n - i), load_lanes(y + i, n - i), even);
-    if (i + kLanes < n)
-      odd = multiply_add(load_lanes(x + i + kLanes, n - i - kLanes), load_lanes(y + i + kLanes, n - i - kLanes), odd);
+  Vec total[4] = {zero(), zero(), zero(), zero()};  // chains that need not wait for one another
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j)
+      total[j] = multiply_add(load(x + i + j * kLanes), load(y + i + j * kLanes), total[j]);
+  for_lanes(n - i, [&](int64_t j, auto lanes) {
+    total[0] = multiply_add(load_lanes(x + i + j, lanes), load_lanes(y + i + j, lanes), total[0]);
+  });
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+void combine(float a, const float* x, const float* y, float b, const float* z, int64_t n, float* out) {
+  for_lanes(n, [&](int64_t i, auto lanes) {
+    const Vec weighted = multiply_add(load_lanes(x + i, lanes), all(a), load_lanes(y + i, lanes));
+    store_lanes(out + i, multiply_add(load_lanes(z + i, lanes), all(b), weighted), lanes);
+  });
+}
+
+// A square of kLanes rows, of which `rows` exist, and of columns as `lanes` says.
+template <typename Lanes>
+inline void load_square(const float* x, int64_t stride, int64_t rows, Lanes lanes, Vec (&square)[kLanes]) {
+  if (rows >= kLanes) {
+    for (int i = 0; i < kLanes; ++i) square[i] = load_lanes(x + i * stride, lanes);
+  } else {
+    for (int i = 0; i < kLanes; ++i) square[i] = i < rows ? load_lanes(x + i * stride, lanes) : zero();
   }
-  return sum(even + odd);
 }
 
-void add_scaled(const float* x, float scale, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; i += kLanes)
-    store_lanes(y + i, multiply_add(load_lanes(x + i, n - i), all(scale), load_lanes(y + i, n - i)), n - i);
+template <typename Lanes>
+inline void store_square(float* out, int64_t stride, int64_t rows, Lanes lanes, const Vec (&square)[kLanes]) {
+  if (rows >= kLanes) {
+    for (int i = 0; i < kLanes; ++i) store_lanes(out + i * stride, square[i], lanes);
+  } else {
+    for (int i = 0; i < rows; ++i) store_lanes(out + i * stride, square[i], lanes);
+  }
 }
 
-// A square of kLanes rows, of which `rows` × `cols` exist.
-inline void load_square(const float* x, int64_t stride, int64_t rows, int64_t cols, Vec (&square)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) square[i] = i < rows ? load_lanes(x + i * stride, cols) : zero();
-}
-
-inline void store_square(float* out, int64_t stride, int64_t rows, int64_t cols, const Vec (&square)[kLanes]) {
-  for (int i = 0; i < kLanes && i < rows; ++i) store_lanes(out + i * stride, square[i], cols);
+template <typename Body>
+inline void with_lanes(int64_t count, const Body& body) {
+  if (count >= kLanes) return body(Full{});
+  body(Part{int(count)});
 }
 
 void transpose_block(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t j = 0; j < cols; j += kLanes) {
+    for_lanes(cols, [&](int64_t j, auto lanes) {
       Vec square[kLanes];
-      load_square(x + i * x_stride + j, x_stride, rows - i, cols - j, square);
+      load_square(x + i * x_stride + j, x_stride, rows - i, lanes, square);
       transpose(square);
-      store_square(out + j * out_stride + i, out_stride, cols - j, rows - i, square);
-    }
+      with_lanes(rows - i, [&](auto turned) {
+        store_square(out + j * out_stride + i, out_stride, cols - j, turned, square);
+      });
+    });
 }
 
 void square_sums(const float* c, int64_t stride, int64_t rows, int64_t cols, int64_t first, float* row_sums,
                  float* col_sums) {
   for (int64_t r = 0; r < rows; ++r, c += stride) {
     Vec total = zero();
-    for (int64_t j = r + first > 0 ? r + first : 0; j < cols; j += kLanes) {
-      const Vec x = load_lanes(c + j, cols - j);
-      total = multiply_add(x, x, total);
-      store_lanes(col_sums + j, multiply_add(x, x, load_lanes(col_sums + j, cols - j)), cols - j);
-    }
+    const int64_t start = r + first > 0 ? r + first : 0;
+    for_lanes(cols - start, [&](int64_t i, auto lanes) {
+      const Vec x = load_lanes(c + start + i, lanes), squared = x * x;
+      total = total + squared;
+      store_lanes(col_sums + start + i, load_lanes(col_sums + start + i, lanes) + squared, lanes);
+    });
     row_sums[r] += sum(total);
   }
 }
 
 void weigh(const float* gram, int64_t gram_stride, int64_t rows, int64_t cols, bool diagonal, const float* alpha_i,
            const float* alpha_j, float* out, float* mirrored, int64_t out_stride) {
-  for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t j = diagonal ? i : 0; j < cols; j += kLanes) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t start = diagonal ? i : 0;
+    for_lanes(cols - start, [&](int64_t offset, auto lanes) {
+      const int64_t j = start + offset;
       Vec square[kLanes];
-      load_square(gram + i * gram_stride + j, gram_stride, rows - i, cols - j, square);
-      const Vec alpha = load_lanes(alpha_j + j, cols - j);
+      load_square(gram + i * gram_stride + j, gram_stride, rows - i, lanes, square);
+      const Vec alpha = load_lanes(alpha_j + j, lanes);
       for (int r = 0; r < kLanes && i + r < rows; ++r) square[r] = square[r] * (all(alpha_i[i + r]) + alpha);
-      store_square(out + i * out_stride + j, out_stride, rows - i, cols - j, square);
-      if (!mirrored || (diagonal && i == j)) continue;
+      store_square(out + i * out_stride + j, out_stride, rows - i, lanes, square);
+      if (!mirrored || (diagonal && i == j)) return;
       transpose(square);
-      store_square(mirrored + j * out_stride + i, out_stride, cols - j, rows - i, square);
-    }
-}
-
-// x, with `fill` where it has no more than `count` lanes.
-inline Vec fill_tail(Vec x, int64_t count, float fill) {
-  Ints lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return count >= kLanes ? x : select(lane < Ints{} + int32_t(count), x, all(fill));
+      with_lanes(rows - i, [&](auto turned) {
+        store_square(mirrored + j * out_stride + i, out_stride, cols - j, turned, square);
+      });
+    });
+  }
 }
 
 // eˣ for x <= 0, relative error below 2e-7; 0 where the result would be denormal.
@@ -164,74 +225,81 @@ inline Vec exponential(Vec x) {
 void softmax(float* x, float scale, int64_t n) {
   const float lowest = -__builtin_inff();
   Vec largest = all(lowest);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec scaled = fill_tail(load_lanes(x + i, n - i) * all(scale), n - i, lowest);
+  for_lanes(n, [&](int64_t i, auto lanes) {
+    const Vec scaled = fill_tail(load_lanes(x + i, lanes) * all(scale), lanes, lowest);
     largest = select((Ints)(scaled > largest), scaled, largest);
-  }
-  float top = lowest;
-  for (int i = 0; i < kLanes; ++i) top = largest[i] > top ? largest[i] : top;
+  });
+  const float top = reduce(largest, [](float a, float b) { return a > b ? a : b; });
 
   Vec total = zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec e = exponential(multiply_add(load_lanes(x + i, n - i), all(scale), all(-top)));
-    store_lanes(x + i, e, n - i);
-    total = total + fill_tail(e, n - i, 0);
-  }
+  for_lanes(n, [&](int64_t i, auto lanes) {
+    const Vec e = exponential(multiply_add(load_lanes(x + i, lanes), all(scale), all(-top)));
+    store_lanes(x + i, e, lanes);
+    total = total + fill_tail(e, lanes, 0);
+  });
   narrow(x, 1.0f / sum(total), n, Dtype::float32, x);
 }
 
-double interaction(const InteractionBlock& b) {
-  double loss = 0;
-  for (int64_t i = 0; i < b.rows; i += kLanes) {
-    Vec strip_loss = zero();
-    for (int64_t j = b.diagonal ? i : 0; j < b.cols; j += kLanes) {
-      const bool on_diagonal = b.diagonal && i == j;
-      const int64_t rows = b.rows - i, cols = b.cols - j;
-      Vec square[kLanes];
-      load_square(b.a_ji + j * b.a_stride + i, b.a_stride, cols, rows, square);
-      transpose(square);
-      for (int r = 0; r < kLanes && r < rows; ++r) {
-        const Vec g = load_lanes(b.gram + (i + r) * b.gram_stride + j, cols);
-        const Vec a = load_lanes(b.a_ij + (i + r) * b.a_stride + j, cols);
-        const Vec both = a + square[r];
-        Vec phi = b.squared ? g * g : g, m = b.squared ? (g + g) * both : both;
-        if (on_diagonal && b.exclude_diagonal) phi[r] = m[r] = 0;
-        strip_loss = multiply_add(on_diagonal ? a : both, all(1.0f) - phi, strip_loss);
-        square[r] = m;
-        if (b.m_ij) store_lanes(b.phi + (i + r) * b.phi_stride + j, phi, cols);
-      }
-      if (!b.m_ij) continue;
-      store_square(b.m_ij + i * b.m_stride + j, b.m_stride, rows, cols, square);
-      if (on_diagonal) continue;
-      transpose(square);
-      store_square(b.m_ji + j * b.m_stride + i, b.m_stride, cols, rows, square);
-    }
-    loss += sum(strip_loss);
+// A square of the block at row i, column j. Adds to `loss` and returns nothing else but what is written.
+template <typename Lanes>
+inline void interaction_square(const InteractionBlock& b, int64_t i, int64_t j, Lanes lanes, Vec& loss) {
+  const bool on_diagonal = b.diagonal && i == j;
+  const int64_t rows = b.rows - i, cols = b.cols - j;
+  Vec square[kLanes];
+  with_lanes(rows, [&](auto turned) { load_square(b.a_ji + j * b.a_stride + i, b.a_stride, cols, turned, square); });
+  transpose(square);
+  for (int r = 0; r < kLanes && r < rows; ++r) {
+    const Vec g = load_lanes(b.gram + (i + r) * b.gram_stride + j, lanes);
+    const Vec a = load_lanes(b.a_ij + (i + r) * b.a_stride + j, lanes);
+    const Vec both = a + square[r];
+    Vec phi = b.squared ? g * g : g, m = b.squared ? (g + g) * both : both;
+    if (on_diagonal && b.exclude_diagonal) phi[r] = m[r] = 0;
+    loss = multiply_add(on_diagonal ? a : both, all(1.0f) - phi, loss);
+    square[r] = m;
+    if (b.m_ij) store_lanes(b.phi + (i + r) * b.phi_stride + j, phi, lanes);
   }
-  return loss;
+  if (!b.m_ij) return;
+  store_square(b.m_ij + i * b.m_stride + j, b.m_stride, rows, lanes, square);
+  if (on_diagonal) return;
+  transpose(square);
+  with_lanes(rows, [&](auto turned) { store_square(b.m_ji + j * b.m_stride + i, b.m_stride, cols, turned, square); });
+}
+
+double interaction(const InteractionBlock& b) {
+  double total = 0;
+  for (int64_t i = 0; i < b.rows; i += kLanes) {
+    const int64_t start = b.diagonal ? i : 0;
+    Vec loss = zero();
+    for_lanes(b.cols - start, [&](int64_t offset, auto lanes) {
+      interaction_square(b, i, start + offset, lanes, loss);
+    });
+    total += sum(loss);
+  }
+  return total;
 }
 
 void softmax_gradient(const float* a, const float* phi, float scale, int64_t n, float* p) {
   Vec total = zero(), weighted = zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec weight = load_lanes(a + i, n - i);
+  for_lanes(n, [&](int64_t i, auto lanes) {
+    const Vec weight = load_lanes(a + i, lanes);
     total = total + weight;
-    weighted = multiply_add(weight, load_lanes(phi + i, n - i) + load_lanes(p + i, n - i), weighted);
-  }
+    weighted = multiply_add(weight, load_lanes(phi + i, lanes) + load_lanes(p + i, lanes), weighted);
+  });
   const Vec mean = all(sum(weighted) / sum(total));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec deviation = mean - (load_lanes(phi + i, n - i) + load_lanes(p + i, n - i));
-    store_lanes(p + i, load_lanes(a + i, n - i) * deviation * all(scale), n - i);
-  }
+  for_lanes(n, [&](int64_t i, auto lanes) {
+    const Vec deviation = mean - (load_lanes(phi + i, lanes) + load_lanes(p + i, lanes));
+    store_lanes(p + i, load_lanes(a + i, lanes) * deviation * all(scale), lanes);
+  });
 }
 
 void attention_gradient(const float* phi, int64_t n, float* p) {
-  for (int64_t i = 0; i < n; i += kLanes)
-    store_lanes(p + i, all(1.0f) - load_lanes(phi + i, n - i) - load_lanes(p + i, n - i), n - i);
+  for_lanes(n, [&](int64_t i, auto lanes) {
+    store_lanes(p + i, all(1.0f) - load_lanes(phi + i, lanes) - load_lanes(p + i, lanes), lanes);
+  });
 }
 
 constexpr Elementwise kElementwise = {
-    kLanes,       widen, narrow,  dot,         add_scaled,       transpose_block,
+    kLanes,       widen, narrow,  dot,         combine,          transpose_block,
     square_sums,  weigh, softmax, interaction, softmax_gradient, attention_gradient};
 
 }  // namespace

@@ -64,7 +64,8 @@ void* Workspace::take_bytes(size_t bytes) {
     char* data = static_cast<char*>(std::aligned_alloc(alignment, size));
     if (!data) throw std::bad_alloc();
 #if defined(__linux__)
-    if (size >= kHugeChunk) madvise(data, size, MADV_HUGEPAGE);  // a page fault costs as much as a thousand multiply-adds
+    // A page fault costs as much as a thousand multiply-adds.
+    if (size >= kHugeChunk) madvise(data, size, MADV_HUGEPAGE);
 #endif
     chunks_.push_back({std::unique_ptr<char, Free>(data), size});
   }

@@ -98,10 +98,12 @@ class Crew {
  public:
   Crew(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
 
+  bool shared() const { return threads_ > 1; }
+
   // As parallel_for. Alone, the tasks run in order within the region that the caller is in.
   template <typename Body>
   void each(int64_t n, const Body& body) const {
-    if (threads_ > 1) return parallel_for(kernels_, threads_, n, body);
+    if (shared()) return parallel_for(kernels_, threads_, n, body);
     for (int64_t i = 0; i < n; ++i) body(i);
   }
 
@@ -110,8 +112,8 @@ class Crew {
   int threads_;
 };
 
-// Calls body(i, crew) for each task: one too long for a single thread's share gets all threads; the others run side by
-// side, the longest first.
+// Calls body(i, crew) for each task, given their costs in multiply-adds: one too long for a single thread's share gets
+// all threads; the others run side by side, the longest first.
 template <typename Body>
 void share_out(const Kernels& kernels, int threads, const std::vector<double>& costs, const Body& body) {
   std::vector<int64_t> order(costs.size());
@@ -119,6 +121,8 @@ void share_out(const Kernels& kernels, int threads, const std::vector<double>& c
   for (size_t i = 0; i < costs.size(); ++i) order[i] = int64_t(i), left += costs[i];
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return costs[a] > costs[b]; });
 
+  constexpr double worth_sharing = 1e6;  // waking other threads costs as much as this
+  if (left < worth_sharing) threads = 1;
   size_t first = 0;
   for (; threads > 1 && first < order.size() && costs[order[first]] * threads > left; ++first) {
     left -= costs[order[first]];
