@@ -134,7 +134,7 @@ def from_qk(
     exclude_diagonal: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k = q.new_zeros(2, *q.shape, dtype=torch.float32) if need_grad else q.new_zeros(2, 0)
+    grad_q, grad_k = (q.new_zeros(q.shape if need_grad else 0, dtype=torch.float32) for _ in range(2))
     if q.shape[:3].numel() == 0:
         return q.new_zeros(q.shape[:2], dtype=torch.float32), grad_q, grad_k
     q, k = readable(q), readable(k)

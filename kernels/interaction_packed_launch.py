@@ -37,7 +37,7 @@ def from_qk(
     N, H, D = q.shape
     S = cu_seqlens.shape[0] - 1
     total = q.new_zeros(S, H, dtype=torch.float32)
-    grad_q, grad_k = total.new_zeros(2, *q.shape) if need_grad else total.new_zeros(2, 0)
+    grad_q, grad_k = (total.new_zeros(q.shape if need_grad else 0) for _ in range(2))
     if total.numel() == 0 or N == 0:
         return total, grad_q, grad_k
     q, k, cu_seqlens = readable(q), readable(k), cu_seqlens.contiguous()
