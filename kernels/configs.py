@@ -32,12 +32,12 @@ class Config:
 # (tests/test_triton_compile.py) and fit the 99 KiB of shared memory of the smallest GPU of each kind, or the 64 KiB of
 # gfx942. float32 is split in two or three bfloat16 while it is multiplied, hence its small tiles.
 _CONFIGS = {
-    ("token", 16): Config(128, 64, WIDEST_ROW, num_warps=8),
+    ("token", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
     ("token_backward", 16): Config(64, 32, WIDEST_ROW, num_warps=8),
     ("wide", 16): Config(64, 64, 64, num_warps=8),
     ("wide", 32): Config(64, 64, 32),
     ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
-    ("wide_backward", 32): Config(64, 32, 32, out=64),
+    ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
     ("moment", 16): Config(64, 0, 64),
     ("moment", 32): Config(32, 0, 64),
     ("quadratic_form", 16): Config(64, 0, 32, num_warps=8),
@@ -56,7 +56,6 @@ _CONFIGS = {
 _OVERRIDES = {
     "hopper": {
         ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
-        ("token_backward", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
         ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
     },
     "cdna": {

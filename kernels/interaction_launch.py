@@ -21,7 +21,9 @@ from .interaction_gradient import (
 from .interaction_gram import interaction_gram_kernel
 from .tensors import readable, spans
 
-WORKSPACE_BYTES = 64 << 20
+CACHED_BYTES = 32 << 20  # what stays in the L2 cache of a large GPU
+WORKSPACE_BYTES = 256 << 20
+FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 LOG2_E = 1.4426950408889634
 
 
@@ -73,8 +75,9 @@ class Workspace:
         self.total = sample.new_empty(batch, self.H, dtype=torch.float32)
 
         matrices = 3 if need_grad else 1
-        fitting = WORKSPACE_BYTES // (matrices * self.pitch**2 * arithmetic.matrix.itemsize)
-        self.heads = max(1, min(batch * self.H, fitting))
+        head_bytes = matrices * self.pitch**2 * arithmetic.matrix.itemsize
+        heads = max(CACHED_BYTES // head_bytes, min(WORKSPACE_BYTES // head_bytes, FILLING_HEADS), 1)
+        self.heads = min(batch * self.H, heads)
         matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
         self.attention, self.pair, self.phi = matrix if need_grad else (*matrix, None, None)
         self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None

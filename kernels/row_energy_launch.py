@@ -138,7 +138,7 @@ def _launch_moment(
     most = min(PARTIAL_BYTES // (4 * moments.numel()), triton.cdiv(batch.T, 4 * config.rows))
     shares = max(1, min(PROGRAMS // (pairs * batch.slots), most))
     partial = moments.new_empty(shares, *moments.shape) if shares > 1 else moments
-    moment_kernel[(pairs, shares, batch.slots)](
+    moment_kernel[(pairs * batch.slots, shares)](
         *batch.tensors, energy, norm, grad_energy, partial, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
         **config.execution,

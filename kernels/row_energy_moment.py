@@ -51,22 +51,22 @@ def moment_kernel(
 ):  # fmt: skip
     """One share of ``Σ_t h_t h_tᵀ``, to (shares, slots, E, E); with ``grad_energy`` each token weighs ``α_t``.
 
-    Tokens whose energy cancels weigh 0 there: their share is made directly.
+    Tokens whose energy cancels weigh 0 there: their share is made directly. A slot that no sequence owns becomes 0.
     """
-    pair, share, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    shares, slots = tl.num_programs(1), tl.num_programs(2)
+    share, shares = tl.program_id(1), tl.num_programs(1)
+    tiles = tl.cdiv(E, BLOCK_E)
+    slots = tl.num_programs(0) // (tiles * tiles)
+    slot = tl.program_id(0) % slots
+    a_tile, b_tile = tl.program_id(0) // slots // tiles, tl.program_id(0) // slots % tiles
+    if b_tile > a_tile:  # S is symmetric
+        return
     sequence = sequence_in(slot, cu_ptr, S, T, threshold)
     row = first_row(sequence, cu_ptr, T)
-    stop = span_of(sequence, cu_ptr, span_ptr, T)[1]
-    count = count_of(sequence, cu_ptr, span_ptr, T)
-    if count < threshold or slot_of(sequence, cu_ptr, T, threshold) != slot:
-        return
+    owned = (count_of(sequence, cu_ptr, span_ptr, T) >= threshold) & (slot_of(sequence, cu_ptr, T, threshold) == slot)
+    stop = tl.where(owned, span_of(sequence, cu_ptr, span_ptr, T)[1], 0)
     h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
-    tiles = tl.cdiv(E, BLOCK_E)
-    a = pair // tiles * BLOCK_E + tl.arange(0, BLOCK_E)
-    b = pair % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
-    if pair % tiles > pair // tiles:  # S is symmetric
-        return
+    a = a_tile * BLOCK_E + tl.arange(0, BLOCK_E)
+    b = b_tile * BLOCK_E + tl.arange(0, BLOCK_E)
     tokens = tl.cdiv(tl.cdiv(stop, BLOCK_T), shares) * BLOCK_T
 
     moment = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
@@ -85,7 +85,7 @@ def moment_kernel(
     moment_ptr += (share * slots + slot).to(tl.int64) * E * E
     inside = (a < E)[:, None] & (b < E)[None, :]
     tl.store(moment_ptr + a[:, None] * E + b[None, :], moment, mask=inside)
-    if pair % tiles < pair // tiles:
+    if b_tile < a_tile:
         tl.store(moment_ptr + b[None, :] * E + a[:, None], moment, mask=inside)
 
 

@@ -73,16 +73,18 @@ def tile_of(slot, cu_ptr, S, T, BLOCK: tl.constexpr):
     """Sequence of a tile slot, and the tile's first token.
 
     Packed sequence s owns the slots from ``cu[s] // BLOCK + s`` on: as many as its tiles need, whatever the lengths,
-    so that ``T // BLOCK + S`` slots do for all and nothing has to be summed beforehand.
+    so that ``T // BLOCK + S`` slots do for all and nothing has to be summed beforehand. A slot that none owns gets a
+    first token past the end.
     """
     if cu_ptr is not None:
         sequence = last_sequence(slot, cu_ptr, S, T, BLOCK, 1)
         tile = slot - offset_of(sequence, cu_ptr, T) // BLOCK - sequence
+        first = tl.where(tile < 0, T, tile * BLOCK)
     else:
         tiles = tl.cdiv(T, BLOCK)
         sequence = slot // tiles
-        tile = slot % tiles
-    return sequence, tile * BLOCK
+        first = slot % tiles * BLOCK
+    return sequence, first
 
 
 @triton.jit

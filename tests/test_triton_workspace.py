@@ -1,0 +1,66 @@
+"""The Triton interaction works through chunks of a bounded workspace, whose size shows in no bit of the result."""
+
+import pytest
+import torch
+from support import DEVICE, normal, offsets
+from torch import Tensor
+
+import safr_fast as sf
+
+pytestmark = pytest.mark.skipif(
+    not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
+    reason="neither a GPU nor Triton's interpreter is at hand",
+)
+
+
+def interact(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    from safr_fast.kernels import launch
+
+    return launch.interaction_from_qk(
+        q, k, None, cu_seqlens, scale=0.3, is_causal=True, squared=True, exclude_diagonal=False, need_grad=True
+    )
+
+
+@pytest.mark.parametrize("limit", [1, 500_000], ids=["one at a time", "some at a time"])
+@pytest.mark.parametrize("packed", [False, True], ids=["heads", "strips"])
+def test_chunks_do_not_show(packed: bool, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safr_fast.kernels import interaction_launch, interaction_packed_launch
+
+    if packed:
+        q, k, cu_seqlens = normal(75, 2, 8, seed=1), normal(75, 1, 8, seed=2), offsets([70, 5], DEVICE)
+    else:
+        q, k, cu_seqlens = normal(2, 2, 70, 8, seed=1), normal(2, 1, 70, 8, seed=2), None
+    q, k = q.to(DEVICE), k.to(DEVICE)
+    at_once = interact(q, k, cu_seqlens)
+    monkeypatch.setattr(interaction_launch, "CACHED_BYTES", limit)
+    monkeypatch.setattr(interaction_launch, "WORKSPACE_BYTES", limit)
+    monkeypatch.setattr(interaction_packed_launch, "WORKSPACE_BYTES", limit)
+    for whole, chunked in zip(at_once, interact(q, k, cu_seqlens), strict=True):
+        assert torch.equal(whole, chunked)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[-9, 40, 20, 2**31 - 1], [300, 310], [60, 90]], ids=str)
+def test_offsets_that_make_no_sense_reach_no_other_memory(cu_seqlens: list[int]) -> None:
+    """They are clamped: to check them would mean waiting for the device. What lies around the tokens is NaN here."""
+    from safr_fast.kernels import launch
+
+    room = torch.full((64 + 75 + 64, 4), float("nan"), device=DEVICE)
+    h = room[64:-64].copy_(normal(75, 4))
+    made_up = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
+    energy, norm, moments = launch.row_energy(h, None, made_up, True)
+    grad_h = launch.row_energy_backward(h, None, made_up, energy, norm, moments, energy, norm)
+    results = (energy, norm, grad_h, *interact(h.unsqueeze(1), h.unsqueeze(1), made_up))
+    assert all(result.isfinite().all() for result in results)
+    assert room[:64].isnan().all()
+    assert room[-64:].isnan().all()
+
+
+def test_offsets_that_start_late_leave_the_tokens_before_them_alone() -> None:
+    from safr_fast.kernels import launch
+
+    h = normal(75, 4, device=DEVICE)
+    energy, norm, _ = launch.row_energy(h, None, torch.tensor([60, 90], dtype=torch.int32, device=DEVICE), False)
+    expected = sf.row_energy(h[60:], impl="reference")
+    for result, tail in zip((energy, norm), expected, strict=True):
+        assert not result[:60].any()
+        torch.testing.assert_close(result[60:], tail)
