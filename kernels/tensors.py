@@ -22,6 +22,6 @@ def spans(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     mask = mask.contiguous().view(torch.uint8)
     span = mask.new_empty(mask.shape[0], 3, dtype=torch.int32)
-    block = min(triton.next_power_of_2(mask.shape[1]), 1024)
+    block = min(triton.next_power_of_2(max(mask.shape[1], 1)), 1024)
     span_kernel[(mask.shape[0],)](mask, span, mask.shape[1], BLOCK=block)
     return mask, span
