@@ -39,7 +39,7 @@ _CONFIGS = {
     ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
     ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
     ("moment", 16): Config(64, 0, 64),
-    ("moment", 32): Config(32, 0, 64),
+    ("moment", 32): Config(16, 0, 64),
     ("quadratic_form", 16): Config(64, 0, 32, num_warps=8),
     ("quadratic_form", 32): Config(64, 0, 32),
     ("moment_backward", 16): Config(64, 0, 64, out=128, num_warps=8),
@@ -56,6 +56,7 @@ _CONFIGS = {
 _OVERRIDES = {
     "hopper": {
         ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
+        ("moment", 32): Config(32, 0, 64, num_warps=8),
         ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
     },
     "cdna": {
