@@ -154,6 +154,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("available_isas", &available_isas, "The levels that this machine can run, best first.");
   m.def("matmul", &matmul, py::arg("precision"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("repeats") = 1, py::arg("bfloat16") = false);
+  m.def("set_home_process", &set_home_process, py::arg("pid"));
   bind_row_energy(m);
   bind_interaction(m);
 }

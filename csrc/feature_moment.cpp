@@ -1,5 +1,7 @@
 #include "feature_moment.hpp"
 
+#include <cmath>
+
 #include "token_gram.hpp"
 
 namespace safr {
@@ -136,18 +138,29 @@ void quadratic_form(const Tokens& t, float* s, int64_t stride, const float* squa
   });
 }
 
-// Tokens whose R the feature path cannot tell from rounding: R is a difference of numbers the size of n2² and of
-// n2 · tr(S) / width, in single precision.
-std::vector<int32_t> flagged(const Tokens& t, const float* energy, const float* squared_norm) {
+// Tokens whose R the feature path cannot tell from rounding: R is a difference of numbers the size of n2², of
+// n2 · tr(S) / width and, where few directions carry S, of n2 · ‖S‖, in single precision.
+std::vector<int32_t> flagged(const Tokens& t, const float* energy, const float* squared_norm, double moment_norm) {
   const double least = t.product.right_bytes == 2 ? 5e-2 : 1e-2;
   double trace = 0;
   for (int64_t i = 0; i < t.count; ++i) trace += squared_norm[i];
+  const double floor = std::max(trace / double(t.width), 0.1 * moment_norm);
   std::vector<int32_t> some;
   for (int64_t i = 0; i < t.count; ++i) {
     const double n2 = squared_norm[i];
-    if (energy[i] < least * n2 * std::max(n2, trace / double(t.width))) some.push_back(int32_t(i));
+    if (energy[i] < least * n2 * std::max(n2, floor)) some.push_back(int32_t(i));
   }
   return some;
+}
+
+// ‖S‖ in the Euclidean norm, from its upper triangle.
+double norm_of(const Tokens& t, const float* upper, int64_t stride) {
+  double total = 0;
+  for (int64_t r = 0; r < t.width; ++r) {
+    const float* row = upper + r * stride + r;
+    total += 2.0 * t.pass.dot(row, row, t.width - r) - double(row[0]) * row[0];
+  }
+  return std::sqrt(total);
 }
 
 bool too_many(const std::vector<int32_t>& some, const Tokens& t) {
@@ -169,10 +182,11 @@ void feature_energy(const Tokens& t, const float* squared_norm, float* energy, f
   float* s = workspace.take<float>(buffer_size(t.product, t.width, t.width));
   moment(t, nullptr, s, stride);
   if (saved) mirror(t, s, stride, saved, t.width);
+  const double moment_norm = norm_of(t, s, stride);
   fold(t, s, stride);
   quadratic_form(t, s, stride, squared_norm, energy);
 
-  const std::vector<int32_t> some = flagged(t, energy, squared_norm);
+  const std::vector<int32_t> some = flagged(t, energy, squared_norm, moment_norm);
   if (too_many(some, t)) return token_energy(t, energy);
   if (some.empty()) return;
   std::vector<int32_t> rows;
@@ -183,11 +197,19 @@ void feature_energy(const Tokens& t, const float* squared_norm, float* energy, f
 // one, and their own rows made from pairs alone.
 void feature_gradient(const Tokens& t, const float* s, const float* energy, const float* squared_norm,
                       const float* alpha, const float* beta, const Gradient& gradient) {
-  const std::vector<int32_t> some = flagged(t, energy, squared_norm);
-  if (too_many(some, t)) return token_gradient(t, alpha, beta, gradient);
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
+  if (!s) {
+    const int64_t upper_stride = row_stride(p, t.width);
+    float* upper = workspace.take<float>(buffer_size(p, t.width, t.width));
+    float* whole = workspace.take<float>(t.width * t.width);
+    moment(t, nullptr, upper, upper_stride);
+    mirror(t, upper, upper_stride, whole, t.width);
+    s = whole;
+  }
+  const std::vector<int32_t> some = flagged(t, energy, squared_norm, norm_of(t, s, t.width));
+  if (too_many(some, t)) return token_gradient(t, alpha, beta, gradient);
   const int64_t n = int64_t(some.size()), stride = row_stride(p, t.width);
   std::vector<int32_t> rows;
   const Tokens chosen = choose(t, some, rows);

@@ -9,7 +9,7 @@ namespace safr {
 // R of every token. S goes to `saved`, width × width, unless that is null.
 void feature_energy(const Tokens& t, const float* squared_norm, float* energy, float* saved);
 
-// The gradient of every token, given S and α = ∂L/∂R, β = ∂L/∂n2.
+// The gradient of every token, given S (null: it is made again) and α = ∂L/∂R, β = ∂L/∂n2.
 void feature_gradient(const Tokens& t, const float* s, const float* energy, const float* squared_norm,
                       const float* alpha, const float* beta, const Gradient& gradient);
 

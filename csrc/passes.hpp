@@ -223,17 +223,18 @@ inline Vec exponential(Vec x) {
 }
 
 void softmax(float* x, float scale, int64_t n) {
-  const float lowest = -__builtin_inff();
+  const float lowest = -__builtin_inff(), sign = scale < 0 ? -1.0f : 1.0f;
   Vec largest = all(lowest);
   for_lanes(n, [&](int64_t i, auto lanes) {
-    const Vec scaled = fill_tail(load_lanes(x + i, lanes) * all(scale), lanes, lowest);
-    largest = select((Ints)(scaled > largest), scaled, largest);
+    const Vec score = fill_tail(load_lanes(x + i, lanes) * all(sign), lanes, lowest);
+    largest = select((Ints)(score > largest), score, largest);
   });
   const float top = reduce(largest, [](float a, float b) { return a > b ? a : b; });
 
   Vec total = zero();
   for_lanes(n, [&](int64_t i, auto lanes) {
-    const Vec e = exponential(multiply_add(load_lanes(x + i, lanes), all(scale), all(-top)));
+    // The difference first: what rounding takes from scaled scores that are huge would be huge.
+    const Vec e = exponential((load_lanes(x + i, lanes) * all(sign) - all(top)) * all(sign * scale));
     store_lanes(x + i, e, lanes);
     total = total + fill_tail(e, lanes, 0);
   });

@@ -128,11 +128,9 @@ void row_energy_backward(const Kernels& kernels, Precision precision, int thread
     }
 
     const Gradient gradient = {t.pass, row(sequence.sample, 0), hidden.h.dtype, t.width, sequence};
-    if (slot[index] < 0 || slot[index] >= slots)
-      token_gradient(t, columns[2], columns[3], gradient);
-    else
-      feature_gradient(t, moments + slot[index] * t.width * t.width, columns[0], columns[1], columns[2], columns[3],
-                       gradient);
+    if (slot[index] < 0) return token_gradient(t, columns[2], columns[3], gradient);
+    const float* saved = slot[index] < slots ? moments + slot[index] * t.width * t.width : nullptr;
+    feature_gradient(t, saved, columns[0], columns[1], columns[2], columns[3], gradient);
   });
 }
 

@@ -42,7 +42,7 @@ GompParallel find_gomp_parallel() {
   return reinterpret_cast<GompParallel>(symbol);
 }
 
-const pid_t kLoadingProcess = getpid();
+pid_t home_process = getpid();
 
 }  // namespace
 
@@ -81,6 +81,8 @@ void Workspace::trim() {
   if (total > kKept) chunks_.clear();
 }
 
+void set_home_process(int64_t pid) { home_process = pid_t(pid); }
+
 void run_workers(int threads, void (*worker)(void*), void* context) {
   if (threads <= 1) {
     worker(context);
@@ -88,7 +90,7 @@ void run_workers(int threads, void (*worker)(void*), void* context) {
   }
   // After a fork, an OpenMP runtime waits for threads that the child does not have.
   static const GompParallel gomp_parallel = find_gomp_parallel();
-  if (gomp_parallel && getpid() == kLoadingProcess) {
+  if (gomp_parallel && getpid() == home_process) {
     gomp_parallel(worker, context, unsigned(threads), 0);
     return;
   }

@@ -59,6 +59,9 @@ class Workspace {
   size_t chunk_ = 0, used_ = 0;  // the chunk in use, and how much of it is
 };
 
+// Names the process that threads may have been started in already; in others, forked from it, they are not there.
+void set_home_process(int64_t pid);
+
 // Runs worker(context) on up to `threads` threads at once, the calling one among them, and waits for all.
 void run_workers(int threads, void (*worker)(void*), void* context);
 

@@ -103,6 +103,15 @@ def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
     return max(2 * E, 256)
 
 
+def moment_slots(shape: torch.Size, packed: bool, dtype: torch.dtype, precision: str) -> int:
+    """Moments ``(E, E)`` to keep for the backward pass: one for each sample ``(B, T, E)`` or, packed ``(N, E)``, for as
+    many sequences as can be long enough."""
+    threshold = moment_threshold(int(shape[-1]), dtype, precision)
+    if packed:
+        return shape[0] // threshold
+    return shape[0] if shape[1] >= threshold else 0
+
+
 def moment_guard(dtype: torch.dtype) -> float:
     """Share of n2² under which a row energy made from the moment is made again from the token Gram."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "medium":

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from .availability import description, unavailable_reason
-from .configs import moment_threshold
+from .configs import moment_slots
 
 __all__ = [
     "description",
     "interaction",
     "interaction_from_qk",
-    "moment_threshold",
+    "moment_slots",
     "row_energy",
     "row_energy_backward",
     "unavailable_reason",

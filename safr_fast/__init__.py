@@ -1,6 +1,7 @@
 """Exact, cheap SAFR regularisers for any PyTorch transformer."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from safr_fast.ops.dispatch import Backend, available_backends
 
 __version__ = "0.1.0"
+
+PROCESS = os.getpid()
+"""The process that imported the package first: a child forked from it lacks its threads."""
 
 __all__ = [
     "Backend",

@@ -1,9 +1,13 @@
 """Checks of what users pass: the one place where a wrong argument becomes a sentence."""
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(value: object) -> str:
@@ -15,7 +19,7 @@ def describe(value: object) -> str:
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
 
 
@@ -48,6 +52,15 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, mask: Tensor | None, packed: Ten
         raise ValueError(f"cu_seqlens must be on {packed.device} like its input, got {cu_seqlens.device}")
 
 
+def check_offsets(cu_seqlens: Tensor | None, tokens: int) -> None:
+    """Of values that are at hand: on a GPU they would have to be waited for, and a compiler has none."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] > tokens or any(a > b for a, b in itertools.pairwise(offsets)):
+        raise ValueError(f"cu_seqlens must start at 0, never fall, and end at or before {tokens}, got {offsets}")
+
+
 def check_hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     check_floating("h", h)
     if h.dim() < 2:
@@ -64,8 +77,6 @@ def check_attention(attention: Tensor, mask: Tensor | None) -> None:
 
 
 def check_query_key(q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    check_floating("q", q)
-    check_floating("k", k)
     if q.dtype != k.dtype or q.device != k.device:
         raise ValueError(f"q and k must have one dtype and device, got {describe(q)} and {describe(k)}")
     check_cu_seqlens(cu_seqlens, mask, q, "(N, H, D)")
@@ -82,10 +93,26 @@ def check_query_key(q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tenso
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
 
-def check_eps(eps: float) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps!r}")
+def check_number(name: str, value: float, least: float | None = None) -> None:
+    bound = "" if least is None else f", at least {least}"
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a finite number{bound}, got {describe(value)}")
+    # Compared rather than asked of math, which a compiler cannot trace; NaN compares with nothing.
+    if not (-math.inf < value < math.inf) or (least is not None and value < least):
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_form(squared: bool, exclude_diagonal: bool, reduction: str) -> None:
+    """Of the interaction loss."""
+    check_flag("squared", squared)
+    check_flag("exclude_diagonal", exclude_diagonal)
+    check_reduction(reduction)

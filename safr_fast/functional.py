@@ -134,9 +134,9 @@ def polysemanticity(
 
     Source: SAFR Eq. 2.
     """
-    arguments.check_eps(eps)
+    arguments.check_number("eps", eps, least=0)
     energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, impl=impl)
-    alive = squared_norm > 0
+    alive = squared_norm != 0  # NaN stays
     squared_norm = torch.where(alive, squared_norm, 1.0)
     return torch.where(alive, energy / (squared_norm if eps == 0 else (squared_norm.sqrt() + eps).square()), 0.0)
 
@@ -163,7 +163,7 @@ def capacity(h: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None
     Source: SAFR Eq. 3; the feature dimensionality of Elhage et al. 2022, *Toy Models of Superposition*.
     """
     energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, impl=impl)
-    alive = squared_norm > 0
+    alive = squared_norm != 0  # NaN stays
     squared_norm = torch.where(alive, squared_norm, 1.0)
     # Through P rather than n2²: the fourth power of a small gate underflows.
     return torch.where(alive, squared_norm / (squared_norm + energy / squared_norm), 0.0)
@@ -199,9 +199,9 @@ def importance_loss(
     Source: SAFR Eq. 4 and the authors' code.
     """
     arguments.check_reduction(reduction)
-    arguments.check_eps(eps)
+    arguments.check_number("eps", eps, least=0)
     energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, impl=impl)
-    alive = (energy > 0) & (squared_norm > 0)
+    alive = (energy != 0) & (squared_norm != 0)  # NaN stays
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.
     terms = torch.where(alive, energy.sqrt() / (squared_norm.sqrt() + eps), 0.0) / math.sqrt(max(h.shape[-1], 1))
@@ -242,7 +242,7 @@ def interaction_loss(
     Source: SAFR Eq. 5 and the authors' code.
     """
     arguments.check_attention(attention, mask)
-    arguments.check_reduction(reduction)
+    arguments.check_form(squared, exclude_diagonal, reduction)
     total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl)
     return _mean_over_pairs(total, mask, None, attention.shape[-1], reduction)
 
@@ -284,12 +284,17 @@ def interaction_loss_from_qk(
 
     Source: SAFR Eq. 5 and the authors' code.
     """
+    arguments.check_floating("q", q)
+    arguments.check_floating("k", k)
+    q, k = _autocast(q), _autocast(k)
     arguments.check_query_key(q, k, mask, cu_seqlens)
-    arguments.check_reduction(reduction)
+    arguments.check_form(squared, exclude_diagonal, reduction)
+    arguments.check_flag("is_causal", is_causal)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
+    arguments.check_number("scale", scale)
     total = interaction_op.interaction_from_qk(
-        _autocast(q), _autocast(k), mask, cu_seqlens, scale, is_causal, squared, exclude_diagonal, impl
+        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl
     )
     return _mean_over_pairs(total, mask, cu_seqlens, q.shape[-2], reduction)
 

@@ -1,14 +1,13 @@
 """The drop-in: a task loss plus SAFR's two regularisers."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from safr_fast import functional
-from safr_fast.ops.dispatch import Impl
+from safr_fast import arguments, functional
+from safr_fast.ops.dispatch import Impl, check_impl
 
 Pair = tuple[Tensor, Tensor]
 
@@ -74,9 +73,10 @@ class SAFRLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        for name, weight in (("lambda_importance", lambda_importance), ("lambda_interaction", lambda_interaction)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name} must be finite and at least 0, got {weight!r}")
+        arguments.check_number("lambda_importance", lambda_importance, least=0)
+        arguments.check_number("lambda_interaction", lambda_interaction, least=0)
+        arguments.check_flag("is_causal", is_causal)
+        check_impl(impl)
         if variant not in ("paper", "released"):
             raise ValueError(f'variant must be "paper" or "released", got {variant!r}')
         self.lambda_importance = lambda_importance
@@ -131,7 +131,7 @@ class SAFRLoss(nn.Module):
     def _importance(self, hidden: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Tensor:
         if hidden is None:
             raise ValueError("hidden must be given for the importance term; or set lambda_importance=0")
-        layers = [hidden] if isinstance(hidden, Tensor) else hidden
+        layers = [hidden] if isinstance(hidden, Tensor) else _layers("hidden", hidden)
         eps = 1e-5 if self.variant == "released" else 0.0
         terms = [
             functional.importance_loss(h, mask, eps=eps, reduction=self._reduction, impl=self.impl) for h in layers
@@ -149,11 +149,11 @@ class SAFRLoss(nn.Module):
             "impl": self.impl,
         }
         if attention is not None and qk is None:
-            layers = [attention] if isinstance(attention, Tensor) else attention
+            layers = [attention] if isinstance(attention, Tensor) else _layers("attention", attention)
             terms = [functional.interaction_loss(weights, mask, **form) for weights in layers]
             return self._pool("attention", terms, [weights.shape[0] for weights in layers])
         if qk is not None and attention is None:
-            pairs = cast("Sequence[Pair]", [qk] if len(qk) > 0 and isinstance(qk[0], Tensor) else qk)
+            pairs = _pairs(qk)
             form |= {"scale": self.scale, "is_causal": self.is_causal}
             terms = [functional.interaction_loss_from_qk(q, k, mask, **form) for q, k in pairs]
             return self._pool("qk", terms, [q.shape[0] for q, _ in pairs])
@@ -173,3 +173,24 @@ class SAFRLoss(nn.Module):
         if self.variant == "released":
             return torch.stack(terms).mean()
         return torch.stack([term / max(count, 1) for term, count in zip(terms, samples, strict=True)]).sum()
+
+
+def _layers(name: str, layers: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not isinstance(layers, list | tuple) or not all(isinstance(layer, Tensor) for layer in layers):
+        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {_kinds(layers)}")
+    return layers
+
+
+def _pairs(qk: Pair | Sequence[Pair]) -> Sequence[Pair]:
+    pairs = [qk] if isinstance(qk, list | tuple) and len(qk) > 0 and isinstance(qk[0], Tensor) else qk
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair) for pair in pairs
+    ):
+        raise TypeError(f"qk must be (q, k), two tensors, or a list or tuple of such pairs, got {_kinds(qk)}")
+    return cast("Sequence[Pair]", pairs)
+
+
+def _kinds(value: object) -> str:
+    """Its type and, of a list or tuple, those of what it holds."""
+    kind = type(value).__name__
+    return f"{kind} of ({', '.join(map(_kinds, value))})" if isinstance(value, list | tuple) else kind

@@ -38,8 +38,9 @@ def row_energy(h: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None 
         segment = segment_ids(cu_seqlens, tokens)
         mask = segment < cu_seqlens.shape[0] - 1
         other = other & (segment[:, None] == segment[None, :])
-    energy = torch.where(other, gram(h, mask), 0.0).square().sum(-1)
-    return energy, _real(mask, upcast(h)).square().sum(-1)
+    h = _real(mask, upcast(h))  # once, since each use's gradient would be rounded to 16 bits by itself
+    energy = torch.where(other, gram(h), 0.0).square().sum(-1)
+    return energy, h.square().sum(-1)
 
 
 def attention_from_qk(

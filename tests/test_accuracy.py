@@ -1,5 +1,7 @@
 """Values and gradients against float64, next to the plain formula's own error in the same dtype."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support import (
@@ -71,6 +73,64 @@ def test_row_energy_of_rows_that_barely_interfere(backend: str, few: bool) -> No
     h = h.to(device_of(backend))
     with forced(backend) as impl:
         assert_close_to_float64(lambda h: sf.row_energy(h, impl=impl), plain_row_energy, h)
+
+
+@every_backend(fused=True)
+@pytest.mark.parametrize(("big", "scale"), [(8, 1000.0), (8, 1400.0), (40, 300.0)])
+@pytest.mark.parametrize("measure", [sf.importance_loss, sf.capacity], ids=["importance", "capacity"])
+def test_measures_beside_massive_activations(
+    backend: str, measure: Callable[..., Tensor], big: int, scale: float
+) -> None:
+    """A few tokens are large along one direction, which the others are orthogonal to: rounding in the moment is of the
+    size of the large ones."""
+    tokens, width = 700, 256
+    direction = torch.nn.functional.normalize(normal(width, seed=1), dim=0)
+    h = normal(1, tokens, width, seed=2)
+    h -= (h @ direction)[..., None] * direction
+    h[0, :big] = scale * direction * (1 + 0.1 * normal(big, 1, seed=3))
+    h = h.to(device_of(backend))
+    with forced(backend) as impl:
+        assert_close_to_float64(lambda h: measure(h, impl=impl), plain_measure(measure), h)
+
+
+def plain_measure(measure: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    def plain(h: Tensor) -> Tensor:
+        energy, squared_norm = plain_row_energy(h)
+        if measure is sf.capacity:
+            return squared_norm.square() / (squared_norm.square() + energy)
+        return (energy / squared_norm / h.shape[-1]).sqrt().mean()
+
+    return plain
+
+
+@pytest.mark.parametrize("width", [2, 48])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_reference_rounds_a_gradient_once(width: int, dtype: torch.dtype) -> None:
+    h = normal(2, 90, width, dtype=dtype)
+    (_, gradient), (_, expected) = (
+        value_and_gradients(lambda h: sf.importance_loss(h, impl="reference"), [x]) for x in (h, h.double())
+    )
+    assert relative_error(gradient, expected) < torch.finfo(dtype).eps
+
+
+def test_the_yardstick_finds_a_wrong_function() -> None:
+    """Of the helper that the tests above rest on: a value or a gradient that is a little off does not pass."""
+    h = normal(2, 20, 8)
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return grad * (1 + 1e-4)
+
+    assert_close_to_float64(plain_row_energy, plain_row_energy, h)
+    with pytest.raises(AssertionError, match="output 0"):
+        assert_close_to_float64(lambda h: [(1 + 1e-4) * x for x in plain_row_energy(h)], plain_row_energy, h)
+    with pytest.raises(AssertionError, match="output 2"):
+        assert_close_to_float64(lambda h: plain_row_energy(Wrong.apply(h)), plain_row_energy, h)
 
 
 @every_backend(fused=True)

@@ -153,11 +153,23 @@ def test_stored_interaction_from_qk(path: Path, backend: str) -> None:
         )
 
 
+def against_the_reference(measure: Callable, backend: str, mask: Tensor | None, inputs: list[Tensor]) -> None:
+    leaves = [x.double().requires_grad_() for x in inputs]
+    value = measure("reference", mask, *leaves)
+    check(measure, backend, mask, inputs, [value.detach(), *torch.autograd.grad(value.sum(), leaves)])
+
+
 def redrawn(x: Tensor, seed: int) -> Tensor:
     """Other numbers of the same kind: zeros stay zeros, the scale of each row stays."""
     noise = normal(*x.shape, seed=seed)
     rms = x.square().mean(-1, keepdim=True).sqrt()
     return noise * rms * (x != 0)
+
+
+def rotated(h: Tensor, seed: int) -> Tensor:
+    """Other numbers whose rows lie to each other as those of ``h`` do, however nearly orthogonal or alike."""
+    rotation, _ = torch.linalg.qr(normal(h.shape[-1], h.shape[-1], seed=seed).double())
+    return (h.double() @ rotation).float()
 
 
 @every_backend(fused=True)
@@ -168,10 +180,22 @@ def test_hidden_measures_on_other_seeds(path: Path, backend: str, seed: int) -> 
     h = redrawn(stored["h"], seed)
     mask = mask_of(stored, h.shape[-2])
     for measure in hidden_measures(stored).values():
-        oracle = h.double().requires_grad_()
-        value = measure("reference", mask, oracle)
-        expected = [value.detach(), *torch.autograd.grad(value.sum(), [oracle])]
-        check(measure, backend, mask, [h], expected)
+        against_the_reference(measure, backend, mask, [h])
+
+
+@every_backend(fused=True)
+@pytest.mark.parametrize("seed", SEEDS)
+@each_hidden
+def test_the_same_rows_turned_in_space(path: Path, backend: str, seed: int) -> None:
+    """Token by token: where rows are nearly orthogonal, the plain formula's error of a sum is any number near 0."""
+    stored = load(path)
+    h = rotated(stored["h"], seed)
+    mask = mask_of(stored, h.shape[-2])
+    against_the_reference(lambda impl, mask, h: sf.row_energy(h, mask, impl=impl)[0], backend, mask, [h])
+    against_the_reference(lambda impl, mask, h: sf.capacity(h, mask, impl=impl), backend, mask, [h])
+    against_the_reference(
+        lambda impl, mask, h: sf.importance_loss(h, mask, reduction="none", impl=impl), backend, mask, [h]
+    )
 
 
 @every_backend(fused=True)
@@ -189,6 +213,21 @@ def test_interaction_on_other_seeds(path: Path, backend: str, seed: int) -> None
                 q, k, mask, scale=scale, is_causal=is_causal, reduction="sum", impl=impl, **options
             )
 
-        leaves = [q.double().requires_grad_(), k.double().requires_grad_()]
-        value = measure("reference", mask, *leaves)
-        check(measure, backend, mask, [q, k], [value.detach(), *torch.autograd.grad(value.sum(), leaves)])
+        against_the_reference(measure, backend, mask, [q, k])
+
+
+@every_backend(fused=True)
+@pytest.mark.parametrize("seed", SEEDS)
+@each_attention
+def test_interaction_of_stored_weights_on_other_seeds(path: Path, backend: str, seed: int) -> None:
+    attention = load(path)["attention"]
+    mask = mask_of(load(path), attention.shape[-1])
+    scores = attention.clamp(min=torch.finfo(torch.float32).tiny).log() + 0.3 * normal(*attention.shape, seed=seed)
+    attention = torch.where(attention > 0, scores.exp(), 0.0)
+    attention = attention / attention.sum(-1, keepdim=True).where(attention.sum(-1, keepdim=True) > 0, 1.0)
+    for options in FORMS.values():
+
+        def measure(impl: str, mask: Tensor | None, a: Tensor, options: dict = options) -> Tensor:
+            return sf.interaction_loss(a, mask, reduction="sum", impl=impl, **options)
+
+        against_the_reference(measure, backend, mask, [attention])

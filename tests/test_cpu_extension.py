@@ -1,7 +1,9 @@
 """What is particular to the CPU extension: its levels, its threads, the floating-point mode, forks, its products."""
 
+import mmap
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import safr_fast as sf
 from safr_fast import reference
+from safr_fast.ops import dispatch
 
 LEVELS = [name for name in backend_names() if name.startswith("cpp:")]
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the C++ extension is not built")
@@ -86,8 +89,13 @@ def test_an_impossible_level_raises_and_says_which_there_are(monkeypatch: pytest
     impossible = {"neon", "baseline", "avx2", "avx512", "amx"} - set(_cpu.available_isas())
     for name in ("avx9000", *impossible):
         monkeypatch.setenv(ISA_VARIABLE, name)
-        with pytest.raises((RuntimeError, ValueError), match=f"{ISA_VARIABLE}.*{name}.*baseline"):
-            importance(normal(1, 4, 4))
+        for impl in ("cpp", "auto"):
+            dispatch._resolve.cache_clear()
+            with pytest.raises(sf.BackendUnavailable, match=f"{ISA_VARIABLE}.*{name}.*baseline"):
+                sf.row_energy(normal(1, 4, 4), impl=impl)
+        assert name in next(backend.detail for backend in sf.available_backends() if backend.name == "cpp")
+    monkeypatch.delenv(ISA_VARIABLE)
+    assert dispatch.resolve("auto", "cpu", torch.float32) == "cpp"
 
 
 # Many short sequences are shared out whole; one long sequence or head is shared out in tiles.
@@ -177,15 +185,33 @@ def test_rows_of_a_softmax_gradient_sum_to_zero(level: str, precision: str) -> N
     assert relative_error(shifted, grad_q) <= {"highest": 2e-4, "high": 1e-2}[precision]
 
 
+@every_level
+def test_offsets_beyond_two_gigabytes(level: str) -> None:
+    """Rows 2³⁰ elements apart: in a file of holes, so that only the pages of the rows themselves are there."""
+    rows, width, stride = 6, 40, 2**30
+    with tempfile.TemporaryFile() as file:
+        file.truncate((rows * stride + width) * 2)
+        with mmap.mmap(file.fileno(), 0) as space:
+            far = torch.frombuffer(space, dtype=torch.float16).as_strided((1, rows, width), (0, stride, 1))
+            far.copy_(normal(1, rows, width).half())
+            with forced(level):
+                results, expected = importance(far), importance(far.contiguous())
+            del far
+    for result, same in zip(results, expected, strict=True):
+        assert torch.equal(result, same)
+
+
 FORK = """
-import os, sys, torch
-from safr_fast.ops import cpp
+import os, sys, torch, safr_fast
+if {load_first}:
+    from safr_fast.ops import cpp
 
 torch.set_num_threads(2)
 h = torch.randn(1, 1000, 24)
 ones = torch.ones(1, 1000)
 
 def work():
+    from safr_fast.ops import cpp
     # Without autograd and without torch's own parallel operations, which do not survive a fork.
     energy, squared_norm, moments = cpp.row_energy(h, None, None, True)
     return cpp.row_energy_backward(h, None, None, energy, squared_norm, moments, ones, ones)
@@ -201,7 +227,11 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-@pytest.mark.parametrize("parent_first", [True, False])
-def test_a_forked_child_neither_hangs_nor_differs(parent_first: bool) -> None:
-    code = FORK.format(parent_first=parent_first)
+@pytest.mark.parametrize(
+    ("load_first", "parent_first"),
+    [(True, True), (True, False), (False, False)],
+    ids=["used before", "loaded before", "loaded in the child"],
+)
+def test_a_forked_child_neither_hangs_nor_differs(load_first: bool, parent_first: bool) -> None:
+    code = FORK.format(load_first=load_first, parent_first=parent_first)
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

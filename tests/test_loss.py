@@ -96,7 +96,8 @@ def test_queries_and_keys_stand_for_their_attention(backend: str, variant: str) 
     assert relative_error(parts.interaction.detach(), expected.detach()) < 1e-6
     gradients = torch.autograd.grad(parts.interaction, leaves)
     for gradient, expected_gradient in zip(gradients, torch.autograd.grad(expected, expected_leaves), strict=True):
-        assert relative_error(gradient, expected_gradient) < 1e-5
+        # A softmax in float32, as the reference's is, loses more than the fused back ends do.
+        assert relative_error(gradient, expected_gradient) < (1e-5 if backend == "reference" else 1e-6)
 
 
 def test_documented_correspondence_of_the_importance_weights() -> None:
@@ -167,8 +168,8 @@ def test_another_criterion() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lambda_importance": -1.0}, "lambda_importance must be finite and at least 0, got -1.0"),
-        ({"lambda_interaction": float("nan")}, "lambda_interaction must be finite and at least 0, got nan"),
+        ({"lambda_importance": -1.0}, "lambda_importance must be a finite number, at least 0, got -1.0"),
+        ({"lambda_interaction": float("nan")}, "lambda_interaction must be a finite number, at least 0, got nan"),
         ({"variant": "poster"}, 'variant must be "paper" or "released", got \'poster\''),
     ],
 )

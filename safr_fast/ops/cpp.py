@@ -9,18 +9,29 @@ import math
 import torch
 from torch import Tensor
 
+import safr_fast
+from safr_fast.errors import BackendUnavailable
+
 try:
     import safr_fast._cpu as _cpu
 except ImportError as error:
     _cpu = None
     _import_error = str(error)
+else:
+    # The extension may be loaded first in a forked child, which lacks the threads that torch started before.
+    _cpu.set_home_process(safr_fast.PROCESS)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+KEPT_MOMENTS = 8 << 20  # bytes
 
 
 def unavailable_reason(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Why this back end cannot serve tensors of that kind, or any where none is named; None if it can."""
+    """Why this back end cannot serve tensors of that kind, or any where none is named; None if it can.
+
+    Raises:
+        BackendUnavailable: SAFR_FAST_CPU_ISA names a level that this machine lacks.
+    """
     if _cpu is None:
         return (
             f"the extension safr_fast._cpu is not built ({_import_error}); it needs a C++17 compiler when the package"
@@ -35,7 +46,7 @@ def unavailable_reason(device_type: str | None = None, dtype: torch.dtype | None
     try:
         _cpu.isa()
     except (RuntimeError, ValueError) as error:
-        return str(error)
+        raise BackendUnavailable(str(error)) from None
     return None
 
 
@@ -43,13 +54,24 @@ def description() -> str:
     return f"C++ kernels at level {_cpu.isa()} (of {', '.join(_cpu.available_isas())})"
 
 
-def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
+def _moment_threshold(E: int, dtype: torch.dtype) -> int:
     """Real tokens from which on a sequence takes the feature path: where forward and backward together cost the same.
 
-    It does not depend on ``precision``, so that a backward pass finds the moments that its forward pass saved even
+    It does not depend on the precision, so that a backward pass finds the moments that its forward pass saved even
     where the setting changed in between.
     """
     return max(1, math.ceil((2.6 if dtype == torch.bfloat16 else 1.8) * E))
+
+
+def moment_slots(shape: torch.Size, packed: bool, dtype: torch.dtype, precision: str) -> int:
+    """Moments ``(E, E)`` to keep for the backward pass; none, to make them again, where they would fill memory.
+
+    One for each sample ``(B, T, E)`` or, packed ``(N, E)``, for as many sequences as can be long enough.
+    """
+    E = int(shape[-1])
+    threshold = _moment_threshold(E, dtype)
+    slots = shape[0] // threshold if packed else shape[0] if shape[1] >= threshold else 0
+    return slots if slots * E * E * 4 <= KEPT_MOMENTS else 0
 
 
 def _strided(x: Tensor) -> tuple[int, ...]:
@@ -79,7 +101,7 @@ def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> "_cpu.
         dtype=_DTYPES[h.dtype],
         shape=samples.shape,
         strides=samples.stride()[:2],
-        threshold=moment_threshold(h.shape[-1], h.dtype, torch.get_float32_matmul_precision()),
+        threshold=_moment_threshold(h.shape[-1], h.dtype),
         **_layout(mask, cu_seqlens),
         **_options(),
     )
@@ -88,13 +110,11 @@ def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> "_cpu.
 def row_energy(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from safr_fast.ops.row_energy import moment_slots
-
     E = h.shape[-1]
     h = _inner_contiguous(h)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    threshold = moment_threshold(E, h.dtype, torch.get_float32_matmul_precision())
-    slots = moment_slots(h.shape, cu_seqlens is not None, threshold) if save_moments else 0
+    precision = torch.get_float32_matmul_precision()
+    slots = moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision) if save_moments else 0
     energy = torch.empty(h.shape[:-1], dtype=torch.float32)  # (B, T) or (N,)
     squared_norm = torch.empty_like(energy)
     moments = torch.empty(slots, E, E, dtype=torch.float32)

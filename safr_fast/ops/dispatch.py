@@ -32,7 +32,11 @@ def module(impl: str) -> types.ModuleType:
 
 
 def _obstacle(impl: str, device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Why a fused back end cannot serve tensors of this kind (or anything at all), with the remedy; None if it can."""
+    """Why a fused back end cannot serve tensors of this kind (or anything at all), with the remedy; None if it can.
+
+    Raises:
+        BackendUnavailable: what the user asked of it by environment variable is impossible.
+    """
     try:
         return module(impl).unavailable_reason(device_type, dtype)
     except ImportError as error:
@@ -43,9 +47,17 @@ def available_backends() -> tuple[Backend, ...]:
     """The back ends of this installation, in the order of the ``impl`` argument's values."""
     backends = [Backend("reference", True, "plain PyTorch: any device and floating dtype, twice differentiable")]
     for impl in _MODULES:
-        obstacle = _obstacle(impl)
+        try:
+            obstacle = _obstacle(impl)
+        except BackendUnavailable as error:
+            obstacle = str(error)
         backends.append(Backend(impl, obstacle is None, obstacle or module(impl).description()))
     return tuple(backends)
+
+
+def check_impl(impl: str) -> None:
+    if not isinstance(impl, str) or impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 
 
 def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
@@ -55,6 +67,7 @@ def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
         ValueError: no such ``impl``.
         BackendUnavailable: ``impl`` was named and cannot serve tensors of this device and dtype.
     """
+    check_impl(impl)
     return _resolve(impl, device_type, dtype)
 
 
@@ -64,8 +77,6 @@ vars(resolve)["_dynamo_marked_constant"] = True
 
 @functools.cache
 def _resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
     if impl == "reference":
         return impl
     if impl != "auto":

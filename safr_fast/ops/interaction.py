@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safr_fast import reference
+from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
 
 _library = torch.library.Library("safr_fast", "FRAGMENT")
@@ -154,6 +154,7 @@ def interaction_from_qk(
     """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
     chosen = dispatch.resolve(impl, q.device.type, q.dtype)
     if chosen == "reference":
+        arguments.check_offsets(cu_seqlens, q.shape[0])
         return reference.interaction_total_from_qk(
             q,
             k,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safr_fast import reference
+from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
 
 _library = torch.library.Library("safr_fast", "FRAGMENT")
@@ -19,16 +19,6 @@ _library.define(
     "row_energy_backward(Tensor h, Tensor? mask, Tensor? cu_seqlens, Tensor energy, Tensor squared_norm,"
     " Tensor moments, Tensor grad_energy, Tensor grad_squared_norm, str impl) -> Tensor"
 )
-
-
-def moment_slots(shape: torch.Size, packed: bool, threshold: int) -> int:
-    """How many sequences can be long enough for the feature path, as far as shapes alone tell.
-
-    ``shape`` is ``(B, T, E)``, or ``(N, E)`` if packed; the feature path starts at ``threshold`` tokens.
-    """
-    if packed:
-        return shape[0] // threshold
-    return shape[0] if shape[1] >= threshold else 0
 
 
 def _forward(
@@ -65,8 +55,7 @@ def _(
     slots = 0
     if save_moments:
         precision = torch.get_float32_matmul_precision()
-        threshold = dispatch.module(impl).moment_threshold(int(h.shape[-1]), h.dtype, precision)
-        slots = moment_slots(h.shape, cu_seqlens is not None, threshold)
+        slots = dispatch.module(impl).moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision)
     rows = h.new_empty(h.shape[:-1], dtype=torch.float32)
     return rows, torch.empty_like(rows), rows.new_empty(slots, h.shape[-1], h.shape[-1])
 
@@ -108,6 +97,7 @@ def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: 
     """``(R, n2)`` of checked arguments: ``h`` ``(..., T, E)`` or packed ``(N, E)``; each ``(..., T)``."""
     chosen = dispatch.resolve(impl, h.device.type, h.dtype)
     if chosen == "reference":
+        arguments.check_offsets(cu_seqlens, h.shape[-2])
         return reference.row_energy(h, mask, cu_seqlens)
     rows = h.shape[:-1]
     if cu_seqlens is None:
