@@ -64,7 +64,8 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         Args:
             config: The run.
-            resume: Go on with the run in --out after its last whole epoch, with the options it began with.
+            resume: Go on with the run in --out after its last whole epoch. It keeps its own settings whatever else is
+                given: an option that contradicts them is refused, but one that equals the default reads as not given.
         """
         return partial(_train, config, resume)
 

@@ -58,15 +58,20 @@ def test_options_reach_the_configuration(capsys: pytest.CaptureFixture[str], mon
         ("--resume", "--resume needs --out"),
         ("--resume --out x", "x holds no run"),
         ("--device tpu0", "device must be auto, cpu"),
+        ("--device meta", "device must be auto, cpu, cuda or cuda:<number>, got 'meta'"),
+        ("--device cuda:1000", "device 'cuda:1000' is not there: this PyTorch sees"),
+        ("--out {file}", "{file} is a file: --out takes a folder, give another name"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_two(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    status, _, err = call(capsys, "train", *options.split())
+    file = tmp_path / "file"
+    file.touch()
+    status, _, err = call(capsys, "train", *options.format(file=file).split())
     assert status == 2
-    assert err.startswith(f"safr-fast: error: {message}")
+    assert err.startswith(f"safr-fast: error: {message.format(file=file)}")
     assert err.count("\n") == 1
 
 
@@ -74,6 +79,58 @@ def test_an_unknown_option_value_is_explained(capsys: pytest.CaptureFixture[str]
     status, out, err = call(capsys, "train", "--dataset", "sst3")
     assert status == 2
     assert "sst3" in out + err
+
+
+def test_help_says_that_a_resumed_run_keeps_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "train", "--help")
+    assert "It keeps its own settings whatever else is given" in " ".join(out.replace("│", " ").split())
+
+
+def test_a_back_end_that_cannot_serve_fails_before_anything_is_written(tmp_path: Path) -> None:
+    """In a process of its own: the tests have Triton interpreted, so that it would serve."""
+    code = "import sys; from safr_fast.cli import main; main(sys.argv[1:])"
+    options = ["train", *TINY.split(), "--impl", "triton", "--out", str(tmp_path / "run")]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith('safr-fast: error: impl="triton" cannot serve')
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# Runs the command with imports behind it; afterwards says how long it took, and whether it waited for torch.
+TIMED = """
+import socket, sys, time
+import huggingface_hub.constants, tyro
+import safr_fast.cli, safr_fast.training
+
+def never(*_, **__):
+    time.sleep(60)
+
+socket.create_connection = never
+started = time.perf_counter()
+try:
+    safr_fast.cli.main(["train", "--dataset", "sst2"])
+finally:
+    print(time.perf_counter() - started, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("offline", "reason"), [("1", "HF_HUB_OFFLINE is set"), ("0", "no connection to ")], ids=["told so", "no answer"]
+)
+def test_a_data_set_without_a_network_is_an_error_in_about_a_second(tmp_path: Path, offline: str, reason: str) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "datasets" / "SetFit___sst2").mkdir(parents=True)
+    caches = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": offline}
+    environment = os.environ | caches | {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    done = subprocess.run([sys.executable, "-c", TIMED], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert "give --data-dir with sst2's files, or use --dataset synthetic" in done.stderr
+    seconds, waited_for_torch = done.stdout.split()
+    assert waited_for_torch == "False"
+    assert float(seconds) < 2.5
 
 
 def test_an_existing_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

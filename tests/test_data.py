@@ -15,7 +15,7 @@ from support import SHARED
 from safr_fast.data import DataUnavailable, Vocabulary, hub, load, sources, synthetic
 from safr_fast.data.batches import EncodedSplit, by_length, shuffled_buckets
 from safr_fast.data.corpus import Split
-from safr_fast.data.synthetic import NEGATIVE, NEGATORS, POSITIVE, score
+from safr_fast.data.synthetic import _SIZES, NEGATIVE, NEGATORS, POSITIVE, score
 
 needs_shared = pytest.mark.skipif(
     not (SHARED / "data").exists(), reason="the real data sets are not beside the repository"
@@ -39,10 +39,9 @@ def test_the_planted_truth_points_at_the_words_it_names(reviews: Split) -> None:
     for text, truth in zip(reviews.texts, reviews.truth, strict=True):
         words = text.split()
         assert len(words) == len(truth.roles)
-        for word, role, important in zip(words, truth.roles, truth.importance, strict=True):
+        for word, role in zip(words, truth.roles, strict=True):
             expected = "sentiment" if word in POSITIVE + NEGATIVE else "negator" if word in NEGATORS else "filler"
             assert role == expected
-            assert important == (role != "filler")
         assert {i for i, _ in truth.pairs} == {i for i, role in enumerate(truth.roles) if role == "negator"}
         assert all(truth.roles[j] == "sentiment" for _, j in truth.pairs)
 
@@ -71,6 +70,10 @@ def test_generated_splits_follow_from_the_seed_and_differ() -> None:
     assert first == again
     texts = [split.texts for corpus in (first, other) for split in (corpus.train, corpus.dev, corpus.test)]
     assert all(a != b for a, b in itertools.combinations(texts, 2))
+
+
+def test_the_sizes_of_generated_splits_are_those_that_the_docstring_names() -> None:
+    assert "{train:,}, {dev:,} and {test:,} if None".format(**_SIZES) in str(synthetic.__doc__)
 
 
 @needs_shared
@@ -126,6 +129,40 @@ def test_the_raw_treebank_is_read_as_the_released_code_reads_it(tmp_path: Path, 
     assert load("sst2", folder, all_rows=True).train.texts == ["A dull one", "A good film", "Fine work"]
 
 
+def test_a_treebank_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    folder = treebank(tmp_path / "treebank")
+    for name in ("datasetSentences.txt", "dictionary.txt"):
+        text = (folder / name).read_text(encoding="utf-8").replace("A good film", "A\u0085good\u2028film")
+        (folder / name).write_text(text, encoding="utf-8", newline="\r\n")
+    assert load("sst2", folder).train.texts == ["A dull one", "A\u0085good\u2028film"]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("datasetSplit.txt", "4,1\n5,2\n6,3\n7,1\n", "", "datasetSplit.txt' is cut short, it has no line for number 4"),
+        ("datasetSplit.txt", "6,3\n7,1\n", "6,", "line 7 of .*datasetSplit.txt' is damaged, '6,'"),
+        ("dictionary.txt", "A good film|0", "A good film", "line 1 of .*dictionary.txt' is damaged, 'A good film'"),
+        ("sentiment_labels.txt", "0|0.9", "0|high", "line 2 of .*sentiment_labels.txt' is damaged"),
+        (
+            "sentiment_labels.txt",
+            "4|0.4\n5|0.61\n",
+            "",
+            "sentiment_labels.txt' is cut short, it has no line for number 4",
+        ),
+        ("datasetSentences.txt", "A dull one", "A d\xfcll one", "datasetSentences.txt' must be UTF-8"),
+    ],
+)
+def test_a_damaged_treebank_names_the_file_and_the_remedy(
+    tmp_path: Path, name: str, old: str, new: str, message: str
+) -> None:
+    file = treebank(tmp_path / "treebank") / name
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new), encoding="latin-1")
+    with pytest.raises(DataUnavailable, match=f"{message}.*(unpack the treebank anew|get it anew)"):
+        load("sst2", tmp_path / "treebank")
+
+
 def test_the_raw_imdb_folder_is_read(tmp_path: Path) -> None:
     for split, label in itertools.product(("train", "test"), ("pos", "neg")):
         folder = tmp_path / "aclImdb" / split / label
@@ -156,6 +193,63 @@ def test_parquet_in_the_hub_layout_is_read(tmp_path: Path) -> None:
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (12, 3, 15)
 
 
+def test_files_whose_names_only_begin_like_a_split_are_not_read(tmp_path: Path) -> None:
+    for name in ("train", "test", "train_backup", "train-old", "testing"):
+        write_parquet(tmp_path / f"{name}.parquet", text=[name] * 10, label=[0, 1] * 5)
+    corpus = load("imdb", tmp_path)
+    assert {*corpus.train.texts, *corpus.dev.texts, *corpus.test.texts} == {"train", "test"}
+
+
+def test_splits_come_from_the_folder_itself_before_any_subfolder(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "a", tmp_path / "b"):
+        for split in ("train", "test"):
+            write_parquet(place / f"{split}.parquet", text=[place.name] * 10, label=[0, 1] * 5)
+    corpus = load("imdb", tmp_path)
+    assert {*corpus.train.texts, *corpus.test.texts} == {tmp_path.name}
+
+
+def two_data_sets(folder: Path) -> None:
+    for name in ("imdb", "sst2"):
+        write_parquet(folder / name / "train.parquet", text=["a", "b"], label=[0, 1])
+
+
+def splits_in_two_folders(folder: Path) -> None:
+    for name in ("train", "test"):
+        write_parquet(folder / name / f"{name}.parquet", text=["a", "b"], label=[0, 1])
+
+
+def train_alone(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", text=["a", "b"], label=[0, 1])
+    write_parquet(folder / "other" / "test.parquet", text=["a", "b"], label=[0, 1])
+
+
+def a_part_missing(folder: Path) -> None:
+    write_parquet(folder / "train-00000-of-00002.parquet", text=["a", "b"], label=[0, 1])
+
+
+def whole_and_parts(folder: Path) -> None:
+    a_part_missing(folder)
+    write_parquet(folder / "train.parquet", text=["a", "b"], label=[0, 1])
+
+
+def no_text(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", text=["a", None], label=[0, 1])
+
+
+def no_label(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", text=["a", "b"], label=[0, None])
+
+
+def no_rows(folder: Path) -> None:
+    write_parquet(folder / "train.parquet", text=[], label=[])
+
+
+def latin_1(folder: Path) -> None:
+    for name in ("neg", "pos"):
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "train" / name / "0_3.txt").write_text("caf\xe9", encoding="latin-1")
+
+
 def empty(folder: Path) -> None:
     (folder / "notes.md").touch()
 
@@ -178,8 +272,17 @@ def no_parquet(folder: Path) -> None:
     [
         (empty, "holds neither train.parquet nor aclImdb, but notes.md"),
         (without_labels, "must have columns text and label, got sentence, label"),
-        (unknown_labels, "must be 0 .* or 1 .*, found labels"),
-        (no_parquet, "cannot be read as parquet"),
+        (unknown_labels, "train.parquet' must be 0 .* or 1 .*, row 0 has -1: mend"),
+        (no_label, "train.parquet' must be 0 .* or 1 .*, row 1 has None: mend"),
+        (no_text, "train.parquet' must be a string, row 1 has None: mend"),
+        (no_rows, "train in .* has no rows: give"),
+        (no_parquet, "train.parquet' cannot be read as parquet: .* get it anew"),
+        (two_data_sets, "holds several data sets, in imdb, sst2: give one"),
+        (splits_in_two_folders, "holds several data sets, in test, train: give one"),
+        (train_alone, "holds neither test.parquet nor aclImdb, but other, train.parquet"),
+        (a_part_missing, "must hold either train.parquet or all of its parts, found train-00000-of-00002.parquet"),
+        (whole_and_parts, "or all of its parts, found train-00000-of-00002.parquet, train.parquet"),
+        (latin_1, "neg/0_3.txt' must be UTF-8: .* convert"),
     ],
 )
 def test_a_folder_that_does_not_serve_says_why(tmp_path: Path, fill: Callable[[Path], None], message: str) -> None:
@@ -199,7 +302,7 @@ def test_names_and_folders_that_do_not_exist_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Packets vanish: neither a name nor a connection is ever answered; and the caches are empty."""
+    """Packets vanish: neither a name nor a connection is ever answered; the caches are empty, and nothing was tried."""
     constants = pytest.importorskip("huggingface_hub.constants")
     pytest.importorskip("datasets")
 
@@ -208,6 +311,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise TimeoutError
 
     monkeypatch.setattr(socket, "create_connection", never)
+    monkeypatch.setattr(hub, "_tried", {})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
@@ -220,6 +324,51 @@ def test_no_network_and_no_folder_is_an_error_in_under_two_seconds(dataset: sour
     with pytest.raises(DataUnavailable, match=r"no connection to .* give --data-dir"):
         load(dataset)
     assert time.perf_counter() - started < 2
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    "leftover",
+    [
+        "datasets/SetFit___sst2/",
+        "datasets/SetFit___sst2/default/0.0.0/abc/dataset_info.json",
+        "datasets/SetFit___sst2/default/0.0.0/abc.incomplete/sst2-train.arrow",
+        "hub/datasets--SetFit--sst2/refs/main",
+        "hub/datasets--SetFit--sst2/snapshots/abc/README.md",
+    ],
+)
+def test_a_cache_without_data_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leftover: str) -> None:
+    monkeypatch.setattr(hub, "_PATIENCE_SECONDS", 0.01)
+    folder, _, file = leftover.rpartition("/")
+    (tmp_path / folder).mkdir(parents=True)
+    if file:
+        (tmp_path / folder / file).touch()
+    with pytest.raises(DataUnavailable, match="is not in the local cache"):
+        load("sst2")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_snapshot_with_data_counts_as_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_PATIENCE_SECONDS", 0.01)
+    file = tmp_path / "hub" / "datasets--SetFit--sst2" / "snapshots" / "abc" / "data" / "train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert "no connection" in str(hub.require("SetFit/sst2", "sst2"))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_network_is_tried_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+    monkeypatch.setattr(hub, "_reachable", lambda address: tries.append(address))
+    for _ in range(2):
+        with pytest.raises(DataUnavailable, match="no connection"):
+            load("imdb")
+    assert len(tries) == 1
+    now = time.monotonic()
+    monkeypatch.setattr(hub.time, "monotonic", lambda: now + 3_600)
+    with pytest.raises(DataUnavailable, match="no connection"):
+        load("imdb")
+    assert len(tries) == 2
 
 
 @pytest.mark.usefixtures("no_network")
@@ -279,6 +428,17 @@ def test_buckets_hold_every_text_once(lengths: torch.Tensor) -> None:
         assert sorted(row for rows in order for row in rows) == list(range(3_001))
         assert max(map(len, order)) == 32
         assert len(order) == math.ceil(3_001 / 32)
+
+
+def test_the_incomplete_batch_is_a_sample_of_all_texts(lengths: torch.Tensor) -> None:
+    short = lengths[:2_985]  # 93 batches and 9 texts
+    means = []
+    for epoch in range(200):
+        (rest,) = (rows for rows in shuffled_buckets(short, 32, 0, epoch) if len(rows) < 32)
+        assert len(rest) == 9
+        means.append(short[rest].double().mean())
+    standard_error = short.double().std() / math.sqrt(200 * 9)
+    assert abs(torch.stack(means).mean() - short.double().mean()) < 4 * standard_error
 
 
 def test_buckets_follow_from_seed_and_epoch_and_differ_between_them(lengths: torch.Tensor) -> None:

@@ -13,11 +13,23 @@ from torch import Tensor
 
 from safr_fast.data import Corpus, Truth, Vocabulary, synthetic
 from safr_fast.data.batches import Batch, EncodedSplit
+from safr_fast.errors import BackendUnavailable
 from safr_fast.nn import ClassifierOutput
-from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, TrainResult, load_run, loop, train
+from safr_fast.training import (
+    ModelConfig,
+    OptionError,
+    RunError,
+    TrainConfig,
+    TrainResult,
+    load_run,
+    loop,
+    measure,
+    train,
+)
 from safr_fast.training.agreement import Agreement, above
 from safr_fast.training.measure import evaluate
-from safr_fast.training.run import RunFolder, write_atomically
+from safr_fast.training.model import build_model
+from safr_fast.training.run import RunFolder, write_atomically, write_json
 
 TINY = ModelConfig(dim=16, heads=2, feedforward=32, mask_hidden=16)
 SIZES = {"train": 100, "dev": 40, "test": 40}
@@ -83,8 +95,6 @@ def test_metrics_hold_every_term_weighted_and_not(tmp_path: Path) -> None:
         trained, dev = record["train"], record["dev"]
         assert trained["importance_weighted"] == pytest.approx(0.5 * trained["importance"])
         assert trained["interaction_weighted"] == pytest.approx(0.25 * trained["interaction"])
-        parts = trained["cross_entropy"] + trained["importance_weighted"] + trained["interaction_weighted"]
-        assert trained["total"] == pytest.approx(parts)
         assert set(dev) == {"accuracy", "cross_entropy", "importance", "interaction", "gate"}
         assert 0 < trained["gate"] < 1
         assert record["seconds"] > 0
@@ -94,6 +104,72 @@ def test_metrics_hold_every_term_weighted_and_not(tmp_path: Path) -> None:
     (end,) = records(result.out, "end")
     assert end["test"] == result.test
     assert json.loads((result.out / "summary.json").read_text())["test"] == result.test
+
+
+# The total is a mean over samples, and the released importance one over tokens: in one batch they agree.
+@pytest.mark.parametrize(("variant", "batch_size"), [("paper", 32), ("released", SIZES["train"])])
+def test_the_total_is_the_sum_of_its_terms(tmp_path: Path, variant: str, batch_size: int) -> None:
+    result = run(tmp_path / "run", variant=variant, batch_size=batch_size, lambda_importance=0.5, epochs=1)
+    (trained,) = (record["train"] for record in records(result.out, "epoch"))
+    terms = [trained[name] for name in ("cross_entropy", "importance_weighted", "interaction_weighted")]
+    assert min(terms) > 0
+    assert trained["total"] == pytest.approx(sum(terms))
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_measures_of_a_split_do_not_depend_on_the_evaluation_batch(
+    monkeypatch: pytest.MonkeyPatch, variant: Any
+) -> None:
+    corpus = synthetic(0, SIZES)
+    vocabulary = Vocabulary.of(corpus.train.texts)
+    split = EncodedSplit.of(corpus.test, vocabulary)
+    torch.manual_seed(0)
+    model = build_model(len(vocabulary), TINY)
+    measured = []
+    for size in (1, 7, SIZES["test"]):
+        monkeypatch.setattr(measure, "_EVALUATION_BATCH", size)
+        measured.append(evaluate(model, split, TrainConfig(variant=variant)))
+    assert measured[0] == pytest.approx(measured[2], rel=1e-5)
+    assert measured[1] == pytest.approx(measured[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_training_weighs_the_released_importance_by_tokens(variant: Any) -> None:
+    """Two batches: one text of three tokens, and two texts of one."""
+    means = measure.Means(variant)
+    for lengths, importance in (([3], 1.0), ([1, 1], 2.0)):
+        mask = torch.arange(3) < torch.tensor(lengths)[:, None]
+        labels = torch.zeros(len(lengths), dtype=torch.int64)
+        output = ClassifierOutput(torch.zeros(len(lengths), 2), torch.zeros(len(lengths), 3, 1), (), None)
+        terms = dict.fromkeys(("importance", "importance_weighted", "interaction"), torch.tensor(importance))
+        means.add_batch(Batch(mask.long(), mask, labels, list(range(len(lengths)))), output, terms)
+    by_samples, by_tokens = (1 * 1.0 + 2 * 2.0) / 3, (3 * 1.0 + 2 * 2.0) / 5
+    expected = by_tokens if variant == "released" else by_samples
+    values = means.read()
+    assert values["importance"] == values["importance_weighted"] == pytest.approx(expected)
+    assert values["interaction"] == pytest.approx(by_samples)
+
+
+@pytest.mark.parametrize("log_every", [2, 1_000])
+def test_a_diverged_run_is_an_error_and_says_what_to_do(tmp_path: Path, log_every: int) -> None:
+    with pytest.raises(RunError, match=r"has diverged, \w+ is (nan|inf) in training.* lower --learning-rate"):
+        run(tmp_path / "run", learning_rate=1e30, log_every=log_every)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_run_whose_last_step_diverges_is_an_error(tmp_path: Path) -> None:
+    """The only batch is measured before the step that ruins the weights."""
+    with pytest.raises(RunError, match=r"has diverged, \w+ is (nan|inf) in evaluation after epoch 1"):
+        run(tmp_path / "run", learning_rate=1e30, batch_size=SIZES["train"])
+
+
+def test_json_is_never_written_with_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "file.json", {"loss": math.nan})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RunFolder(tmp_path).append_metrics({"loss": math.inf})
+    assert not (tmp_path / "file.json").exists()
 
 
 def test_a_term_of_weight_zero_is_not_computed_in_training_but_measured_in_evaluation(tmp_path: Path) -> None:
@@ -151,6 +227,20 @@ def test_a_kill_between_weights_and_state_repeats_the_epoch(tmp_path: Path, monk
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_kill_between_the_end_and_the_summary_leaves_one_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted_summary(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run(tmp_path / "whole", epochs=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_json", interrupted_summary)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", epochs=2)
+    assert len(records(tmp_path / "parts", "end")) == 1
+    run(tmp_path / "parts", epochs=2, resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_the_best_epoch_is_restored_and_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Development accuracy is scripted to peak at the second epoch and to fall after it."""
     accuracies = iter([0.6, 0.8, 0.8, 0.7])
@@ -189,11 +279,12 @@ def test_a_run_comes_back_from_its_folder(tmp_path: Path) -> None:
     assert evaluate(model, split, config) == result.test
 
 
-def test_max_len_cuts_texts(tmp_path: Path) -> None:
-    result = run(tmp_path / "run", max_len=3, epochs=1)
+@pytest.mark.parametrize("max_len", [1, 3])
+def test_max_len_cuts_texts_and_with_them_the_planted_pairs(tmp_path: Path, max_len: int) -> None:
+    result = run(tmp_path / "run", max_len=max_len, epochs=1)
     (epoch,) = records(result.out, "epoch")
-    assert epoch["tokens_per_second"] * epoch["seconds"] == pytest.approx(3 * SIZES["train"])
-    assert "pair_attention" not in result.agreement or math.isfinite(result.agreement["pair_attention"])
+    assert epoch["tokens_per_second"] * epoch["seconds"] == pytest.approx(max_len * SIZES["train"])
+    assert "pair_attention" not in result.agreement
 
 
 def test_the_callers_threads_and_random_numbers_are_left_as_they_were(tmp_path: Path) -> None:
@@ -213,6 +304,25 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"exists: go on with it by --resume, or give another folder by --out"):
         run(tmp_path / "empty", epochs=1)
     assert contents(tmp_path / "empty")[1] == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_in_the_place_of_the_run_folder_is_named(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file is a file: --out takes a folder, give another name"):
+        run(tmp_path / "file", resume=resume)
+
+
+def test_a_run_that_cannot_start_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str:
+        raise BackendUnavailable(f"{impl} {device_type} {dtype}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "resolve", unavailable)
+        with pytest.raises(BackendUnavailable, match=r"triton cpu torch.float32"):
+            run(tmp_path / "run", impl="triton")
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", epochs=1)
 
 
 def test_resuming_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
@@ -251,21 +361,64 @@ def remove_config(out: Path) -> None:
     (out / "config.json").unlink()
 
 
+def cut(name: str) -> Callable[[Path], None]:
+    """Damage: the file ends in its middle."""
+
+    def damage(out: Path) -> None:
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+def change_kind(out: Path) -> None:
+    (out / "vocabulary.json").write_text('{"a": 1}')
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (change_vocabulary, "the data are not those that"),
         (break_config, "config.json cannot be read"),
         (remove_config, "holds no run"),
+        (cut("config.json"), "config.json cannot be read .* put back a copy of it, or start anew by another --out"),
+        (cut("vocabulary.json"), "vocabulary.json cannot be read .* put back a copy"),
+        (change_kind, "vocabulary.json cannot be read .it must be a list of words.: put back a copy"),
+        (cut("state.safetensors"), "state.safetensors cannot be read .* remove it to begin again at the first epoch"),
     ],
 )
 def test_a_folder_that_cannot_go_on_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
 ) -> None:
-    interrupted(tmp_path / "run", monkeypatch)
-    damage(tmp_path / "run")
+    out = tmp_path / "run"
+    interrupted(out, monkeypatch)
+    damage(out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(RunError, match=message):
-        run(tmp_path / "run", resume=True)
+        run(out, resume=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_run_without_its_state_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole")
+    interrupted(tmp_path / "parts", monkeypatch)
+    (tmp_path / "parts" / "state.safetensors").unlink()
+    run(tmp_path / "parts", resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["vocabulary.json", "model.safetensors", "config.json"])
+def test_a_damaged_file_of_a_finished_run_is_named(tmp_path: Path, name: str) -> None:
+    result = run(tmp_path / "run", epochs=1)
+    cut(name)(result.out)
+    with pytest.raises(RunError, match=f"{name} cannot be read .* put back a copy"):
+        load_run(result.out)
+
+
+def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
+    cut("summary.json")(run(tmp_path / "run", epochs=1).out)
+    with pytest.raises(RunError, match=r"summary.json cannot be read .* put back a copy"):
+        run(tmp_path / "run", epochs=1, resume=True)
 
 
 def test_resuming_nothing_names_the_latest_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,12 +455,24 @@ def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -
         TrainConfig(**options)
 
 
-@pytest.mark.parametrize(("device", "message"), [("tpu0", "device must be auto, cpu"), ("cuda", "sees no GPU")])
-def test_devices_that_are_not_there_are_named(tmp_path: Path, device: str, message: str) -> None:
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(RunError, match=message):
+@pytest.mark.parametrize("device", ["tpu0", "meta", "mps", "xpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x"])
+def test_other_kinds_of_device_are_refused(tmp_path: Path, device: str) -> None:
+    with pytest.raises(RunError, match=f"device must be auto, cpu, cuda or cuda:<number>, got '{device}'"):
         train(TrainConfig(device=device, out=tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "seen"),
+    [(0, "cuda", "no GPU"), (0, "cuda:0", "no GPU"), (2, "cuda:2", "cuda:0, cuda:1"), (1, "cuda:700", "cuda:0")],
+)
+def test_devices_that_are_not_there_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, device: str, seen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(RunError, match=f"device '{device}' is not there: this PyTorch sees {seen}; use"):
+        train(TrainConfig(device=device, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_configuration_comes_back_from_json() -> None:

@@ -60,12 +60,14 @@ def shuffled_buckets(lengths: Tensor, batch_size: int, seed: int, epoch: int, po
     """Rows of each batch of one epoch, a function of ``seed`` and ``epoch`` alone.
 
     All rows are shuffled; every ``pool`` batches' worth of them is sorted by length and cut into batches; the batches
-    are shuffled. So batches hold texts of similar length, yet differ from epoch to epoch.
+    are shuffled. So batches hold texts of similar length, yet differ from epoch to epoch. What does not fill a batch
+    is taken off before the sort: a sample of all texts, not always the longest.
     """
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     rows = torch.randperm(len(lengths), generator=generator)
-    batches: list[list[int]] = []
-    for group in _cut(rows, pool * batch_size):
+    whole = len(rows) // batch_size * batch_size
+    batches = [batch.tolist() for batch in _cut(rows[whole:], batch_size)]
+    for group in _cut(rows[:whole], pool * batch_size):
         batches += [batch.tolist() for batch in _cut(group[lengths[group].argsort(stable=True)], batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 

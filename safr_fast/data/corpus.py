@@ -15,11 +15,6 @@ class Truth:
     roles: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
 
-    @property
-    def importance(self) -> tuple[bool, ...]:
-        """True where a token has a part in the label."""
-        return tuple(role != "filler" for role in self.roles)
-
 
 @dataclass(frozen=True)
 class Split:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from urllib.parse import urlsplit
 from safr_fast.data.corpus import DataUnavailable, Split
 
 _PATIENCE_SECONDS = 1.0
+_MEMORY_SECONDS = 60.0
+
+# Address: when it was last tried, and whether it answered. A command asks before it loads torch, and again to load.
+_tried: dict[str, tuple[float, bool]] = {}
 
 
 def require(repository: str, dataset: str) -> str | None:
@@ -62,7 +67,11 @@ def _obstacle() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    return None if _reachable(constants.ENDPOINT) else f"no connection to {urlsplit(constants.ENDPOINT).hostname}"
+    address = constants.ENDPOINT
+    if address not in _tried or time.monotonic() - _tried[address][0] > _MEMORY_SECONDS:
+        answered = _reachable(address)
+        _tried[address] = time.monotonic(), answered
+    return None if _tried[address][1] else f"no connection to {urlsplit(address).hostname}"
 
 
 def _reachable(address: str) -> bool:
@@ -89,12 +98,16 @@ def _reachable(address: str) -> bool:
 
 
 def _cached(repository: str) -> bool:
-    """Whether a copy may be in the caches of ``datasets`` and ``huggingface_hub``: cheap, and generous."""
+    """Whether data, not just folders, are in the caches of ``datasets`` or ``huggingface_hub``: cheap, and generous."""
     from huggingface_hub import constants
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
-    snapshot = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}"
-    return snapshot.exists() or (prepared / repository.replace("/", "___")).exists()
+    tables = (prepared / repository.replace("/", "___")).glob("*/*/*/*.arrow")
+    if any(not table.parent.name.endswith(".incomplete") for table in tables):
+        return True
+    snapshots = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}" / "snapshots"
+    # The card comes first, also where nothing else could be had.
+    return any(file.is_file() and file.name != "README.md" for file in snapshots.glob("*/**/*"))
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ Clause = tuple[list[str], list[str]]
 
 
 def synthetic(seed: int = 0, sizes: dict[str, int] | None = None) -> Corpus:
-    """The corpus of one seed. ``sizes``: reviews in ``train``, ``dev`` and ``test``; 6,000, 1,000 and 2,000 if None."""
+    """The corpus of one seed. ``sizes``: reviews in ``train``, ``dev`` and ``test``; 8,000, 1,000 and 2,000 if None."""
     splits = {}
     for split, size in (sizes or _SIZES).items():
         random = Random(f"{seed}/{split}")

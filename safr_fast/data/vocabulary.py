@@ -36,4 +36,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
-        return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+        words = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("it must be a list of words")
+        return cls(words)

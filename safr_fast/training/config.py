@@ -9,6 +9,8 @@ from typing import Any, Literal
 from safr_fast.data.sources import Dataset
 from safr_fast.training.errors import OptionError
 
+Variant = Literal["released", "paper"]
+
 # What a run takes where it is told nothing else. The weights belong to the variant "released": the paper's for real
 # reviews; for generated ones, which are shorter, such that the gate closes on filler and stays open on planted words.
 # The released code's means count padding, these do not, so that the paper's weight of 1 presses harder on a real token:
@@ -66,7 +68,7 @@ class TrainConfig:
     """Weight of the importance term; 0 turns it off. By default 1 for sst2, 0.01 for imdb, 0.1 for synthetic."""
     lambda_interaction: float | None = None
     """Weight of the interaction term; 0 turns it off. By default 0.1 for sst2, 0.01 for imdb, 0.1 for synthetic."""
-    variant: Literal["released", "paper"] = "released"
+    variant: Variant = "released"
     """Form of both terms: the released code's means, to which the paper's λ belong, or the paper's sums."""
     impl: Literal["auto", "reference", "cpp", "triton"] = "auto"
     """Back end of both terms; see safr-fast env."""

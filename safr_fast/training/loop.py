@@ -1,7 +1,7 @@
 """The training loop: epochs, early stopping on development accuracy, the best epoch restored and tested."""
 
 import dataclasses
-import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +17,12 @@ from safr_fast import data
 from safr_fast.data.batches import EncodedSplit, epoch_seed, shuffled_buckets
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.loss import SAFRLoss
+from safr_fast.ops.dispatch import resolve
 from safr_fast.training import report as lines
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
-from safr_fast.training.measure import Means, evaluate, forward, training_terms
+from safr_fast.training.measure import Means, check_finite, evaluate, forward, training_terms
 from safr_fast.training.model import build_model
 from safr_fast.training.run import Progress, RunFolder, place, write_json
 
@@ -46,7 +47,7 @@ class TrainResult:
 def train(
     config: TrainConfig | None = None, *, resume: bool = False, report: Callable[[str], None] = print
 ) -> TrainResult:
-    """Train, restore the best epoch, test it.
+    """Train, restore the best epoch, test it. A run that cannot start writes nothing.
 
     Args:
         config: the run; the defaults if None.
@@ -55,12 +56,14 @@ def train(
         report: takes the lines for the reader.
 
     Raises:
-        RunError: the folder holds another run, or none to go on with.
+        RunError: the folder holds another run, none to go on with, or a damaged one; no such device; the run diverged.
+        BackendUnavailable: ``config.impl`` cannot serve on the run's device.
         DataUnavailable: see :func:`safr_fast.data.load`.
     """
     config, folder = place(config or TrainConfig(), resume)
-    if folder.summary_file.exists():
-        result = TrainResult(**json.loads(folder.summary_file.read_text(encoding="utf-8")) | {"out": folder.path})
+    summary = folder.load_summary()
+    if summary is not None:
+        result = TrainResult(**summary | {"out": folder.path})
         report(f"{folder.path} is finished")
     else:
         with _settings(config) as device:
@@ -75,6 +78,7 @@ class _Run:
     def __init__(
         self, config: TrainConfig, folder: RunFolder, device: torch.device, report: Callable[[str], None]
     ) -> None:
+        resolve(config.impl, device.type, torch.float32)
         self.config, self.folder, self.device, self.report = config, folder, device, report
         corpus = data.load(config.dataset, config.data_dir, seed=config.data_seed, all_rows=config.all_rows)
         self.vocabulary = Vocabulary.of(corpus.train.texts)
@@ -96,11 +100,12 @@ class _Run:
         self.progress = Progress()
 
     def go(self) -> TrainResult:
-        self.folder.open(self.config, self.vocabulary)
+        self.folder.check_vocabulary(self.vocabulary)
         stored = self.folder.load_state()
         if stored is not None:
             tensors, self.progress = stored
             self._restore(tensors)
+        self.folder.open(self.config, self.vocabulary)
         self.folder.drop_metrics_after(self.progress.epoch)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.report(
@@ -123,7 +128,7 @@ class _Run:
         # All randomness of an epoch follows from the seed and its number, so that a resumed run repeats it.
         torch.manual_seed(epoch_seed(self.config.seed, epoch))
         order = shuffled_buckets(self.train.lengths, self.config.batch_size, self.config.seed, epoch)
-        whole, recent, step = Means(), Means(), self.progress.step
+        whole, recent, step = Means(self.config.variant), Means(self.config.variant), self.progress.step
         self.model.train()
         for rows in tqdm(order, f"epoch {epoch}", leave=False, unit="step", disable=None):
             batch = self.train.batch(rows).to(self.device)
@@ -136,14 +141,18 @@ class _Run:
             for means in (whole, recent):
                 means.add_batch(batch, output, terms)
             if step % self.config.log_every == 0:
-                self.folder.append_metrics({"event": "step", "epoch": epoch, "step": step, "train": recent.read()})
-                recent = Means()
+                latest = recent.read()
+                check_finite(latest, f"training, steps up to {step}")
+                self.folder.append_metrics({"event": "step", "epoch": epoch, "step": step, "train": latest})
+                recent = Means(self.config.variant)
         trained = whole.read()
+        check_finite(trained, f"training, epoch {epoch}")
         self._close_epoch(epoch, step, trained, time.perf_counter() - started)
 
     def _close_epoch(self, epoch: int, step: int, trained: dict[str, float], seconds: float) -> None:
         started = time.perf_counter()
         dev = evaluate(self.model, self.dev, self.config)
+        check_finite(dev, f"evaluation after epoch {epoch}")
         evaluation_seconds = time.perf_counter() - started
         best = dev["accuracy"] > self.progress.best_accuracy
         self.progress = Progress(
@@ -184,6 +193,7 @@ class _Run:
             agreement={} if agreement is None else agreement.summary(),
             seconds=self.progress.seconds,
         )
+        check_finite(result.test, "the test")
         self.folder.append_metrics({"event": "end", "epoch": result.epochs, **result.to_json()})
         write_json(self.folder.summary_file, result.to_json())
         self.folder.state_file.unlink(missing_ok=True)
@@ -228,12 +238,13 @@ def _settings(config: TrainConfig) -> Iterator[torch.device]:
 
 
 def _device(name: str) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RunError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RunError(f"device {name!r} is not there: this PyTorch sees no GPU; use --device cpu")
-    return device
+        return torch.device("cuda" if count else "cpu")
+    known = re.fullmatch("cpu|cuda(?::(0|[1-9][0-9]*))?", name)
+    if known is None:
+        raise RunError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
+    if name != "cpu" and int(known[1] or 0) >= count:
+        seen = ", ".join(f"cuda:{index}" for index in range(count)) or "no GPU"
+        raise RunError(f"device {name!r} is not there: this PyTorch sees {seen}; use --device cpu or auto")
+    return torch.device(name)

@@ -1,5 +1,6 @@
 """What is measured: in training on every batch, in evaluation on a whole split."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,15 +10,20 @@ from safr_fast.data.batches import Batch, EncodedSplit, by_length
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training.agreement import Agreement
-from safr_fast.training.config import TrainConfig
+from safr_fast.training.config import TrainConfig, Variant
+from safr_fast.training.errors import RunError
 
 _EVALUATION_BATCH = 64
 
 
 class Means:
-    """Means of named values over batches, summed where the values are, so that a GPU is not waited for."""
+    """Means of named values over batches, summed where the values are, so that a GPU is not waited for.
 
-    def __init__(self) -> None:
+    ``variant``: of the regularisers; it says what their values are means over.
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        self._importance_is_per_token = variant == "released"
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor | int] = {}
 
@@ -30,10 +36,13 @@ class Means:
 
     def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
         """The terms, the accuracy, and the mean gate over real tokens."""
+        tokens = batch.mask.sum()
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
-        self.add({"accuracy": accuracy, **terms}, len(batch.rows))
+        self.add({"accuracy": accuracy}, len(batch.rows))
+        for name, value in terms.items():
+            per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
+            self.add({name: value}, tokens if per_token else len(batch.rows))
         if output.gate is not None:
-            tokens = batch.mask.sum()
             self.add({"gate": output.gate.where(batch.mask, 0).sum() / tokens.clamp(min=1)}, tokens)
 
     def read(self) -> dict[str, float]:
@@ -65,7 +74,7 @@ def evaluate(
     """Accuracy, mean gate, cross-entropy and both regularisers, whatever their weights, in evaluation mode."""
     loss = SAFRLoss(1.0, 1.0, variant=config.variant, impl=config.impl)
     device = model.classify.weight.device
-    means = Means()
+    means = Means(config.variant)
     model.eval()
     with torch.inference_mode():
         for rows in by_length(split.lengths, _EVALUATION_BATCH):
@@ -76,3 +85,13 @@ def evaluate(
             if agreement is not None:
                 agreement.add(batch, output)
     return means.read()
+
+
+def check_finite(measured: Mapping[str, float], where: str) -> None:
+    """Raise RunError where a run has diverged: every value after that would be meaningless."""
+    for name, value in measured.items():
+        if not math.isfinite(value):
+            raise RunError(
+                f"the run has diverged, {name} is {value} in {where}: start anew by another --out, "
+                "with a lower --learning-rate, or lower --lambda-importance and --lambda-interaction"
+            )

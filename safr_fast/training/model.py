@@ -23,7 +23,7 @@ def load_run(path: str | Path) -> tuple[TransformerClassifier, Vocabulary, Train
     folder = RunFolder(Path(path))
     config = folder.stored_config()
     weights = folder.load_model()
-    vocabulary = Vocabulary.load(folder.vocabulary_file)
+    vocabulary = folder.load_vocabulary()
     model = build_model(len(vocabulary), config.model)
     model.load_state_dict(weights)
     return model.eval(), vocabulary, config

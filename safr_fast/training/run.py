@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,29 +63,39 @@ class RunFolder:
         """The result; written at the end."""
         return self.path / "summary.json"
 
-    def open(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
-        """Write configuration and vocabulary; or, in a run that goes on, make sure that the data are the same."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.config_file, config.to_json())
-        if not self.vocabulary_file.exists():
-            write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
-        elif Vocabulary.load(self.vocabulary_file).words != vocabulary.words:
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """In a run that goes on, make sure that the data are the same."""
+        if self.vocabulary_file.exists() and self.load_vocabulary().words != vocabulary.words:
             raise RunError(f"the data are not those that {self.path} began with: their vocabulary differs")
 
+    def open(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
+        """Make the folder, with configuration and vocabulary."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.config_file, config.to_json())
+        write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
+
     def stored_config(self) -> TrainConfig:
-        try:
+        if not self.config_file.exists():
+            raise RunError(f"{self.path} holds no run: it lacks {self.config_file.name}")
+        with _undamaged(self.config_file):
             return TrainConfig.from_json(json.loads(self.config_file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise RunError(f"{self.path} holds no run: it lacks {self.config_file.name}") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{self.config_file} cannot be read: {error}") from error
+
+    def load_vocabulary(self) -> Vocabulary:
+        with _undamaged(self.vocabulary_file):
+            return Vocabulary.load(self.vocabulary_file)
+
+    def load_summary(self) -> dict[str, Any] | None:
+        if not self.summary_file.exists():
+            return None
+        with _undamaged(self.summary_file):
+            return dict(json.loads(self.summary_file.read_text(encoding="utf-8")))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def drop_metrics_after(self, epoch: int) -> None:
-        """Forget what an unfinished epoch wrote, a last half line too."""
+        """Forget what an unfinished epoch or an unfinished end wrote, a last half line too."""
         if not self.metrics_file.exists():
             return
         kept = []
@@ -93,7 +104,7 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record["epoch"] <= epoch:
+            if record["epoch"] <= epoch and record["event"] != "end":
                 kept.append(line + "\n")
         write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept), encoding="utf-8"))
 
@@ -103,26 +114,30 @@ class RunFolder:
     def load_model(self) -> dict[str, Tensor]:
         if not self.model_file.exists():
             raise RunError(f"{self.path} holds no {self.model_file.name}: the run has not finished an epoch")
-        return load_file(self.model_file)
+        with _undamaged(self.model_file):
+            return load_file(self.model_file)
 
     def save_state(self, tensors: dict[str, Tensor], progress: Progress) -> None:
-        values = {"progress": json.dumps(dataclasses.asdict(progress))}
+        values = {"progress": json.dumps(dataclasses.asdict(progress), allow_nan=False)}
         write_atomically(self.state_file, lambda file: save_file(tensors, file, values))
 
     def load_state(self) -> tuple[dict[str, Tensor], Progress] | None:
         if not self.state_file.exists():
             return None
-        with safe_open(self.state_file, "pt") as file:
+        remedy = "remove it to begin again at the first epoch"
+        with _undamaged(self.state_file, remedy), safe_open(self.state_file, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, Progress(**json.loads(file.metadata()["progress"]))
 
 
 def place(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder]:
     """The folder that a run goes to, and the configuration that it runs under: a resumed one's is its own."""
+    if config.out is not None and config.out.exists() and not config.out.is_dir():
+        raise RunError(f"{config.out} is a file: --out takes a folder, give another name")
     if resume:
         return _resumed(config)
     path = config.out or default_folder(config.dataset)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and any(path.iterdir()):
         raise RunError(f"{path} exists: go on with it by --resume, or give another folder by --out")
     return dataclasses.replace(config.resolved(), out=path), RunFolder(path)
 
@@ -153,8 +168,18 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     return values | {f"model.{name}": value for name, value in sizes.items()}
 
 
+@contextmanager
+def _undamaged(file: Path, remedy: str = "put back a copy of it, or start anew by another --out") -> Iterator[None]:
+    """Reading one file of a run: whatever is wrong with it becomes one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise RunError(f"{file} cannot be read ({error}): {remedy}") from error
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomically(path, lambda file: file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
