@@ -263,7 +263,7 @@ def packed_total_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of the strips of each sequence and head: (H, slots) → (S, H)."""
-    sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = first_row(sequence, cu_ptr, N)
     stop = count_of(sequence, cu_ptr, None, N)
     first_slot = row // BLOCK + sequence

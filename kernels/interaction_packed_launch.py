@@ -40,7 +40,7 @@ def from_qk(
     grad_q, grad_k = (total.new_zeros(q.shape if need_grad else 0) for _ in range(2))
     if total.numel() == 0 or N == 0:
         return total, grad_q, grad_k
-    q, k, cu_seqlens = readable(q), readable(k), cu_seqlens.contiguous()
+    q, k, cu_seqlens = readable(q, tokens=0), readable(k, tokens=0), cu_seqlens.contiguous()
     arithmetic = Arithmetic.of_scores(q)
     config = configs.config("packed", 8 * q.dtype.itemsize, D, q.device)
     block = config.rows

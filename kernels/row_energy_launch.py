@@ -25,8 +25,9 @@ class Batch:
         self.packed = cu_seqlens is not None
         self.S, self.T = (cu_seqlens.shape[0] - 1, h.shape[0]) if self.packed else h.shape[:2]
         self.E = h.shape[-1]
-        threshold = configs.moment_threshold(self.E, h.dtype, torch.get_float32_matmul_precision())
-        self.slots = self.T // threshold if self.packed else self.S if self.T >= threshold else 0
+        precision = torch.get_float32_matmul_precision()
+        threshold = configs.moment_threshold(self.E, h.dtype, precision)
+        self.slots = configs.moment_slots(h.shape, self.packed, h.dtype, precision)
         self.threshold = threshold if self.slots else NEVER
         self.some_short = self.slots == 0 or self.packed or mask is not None
         self.mask, self.spans = spans(mask)
@@ -65,7 +66,7 @@ def forward(
         if batch.slots > 0:
             _launch_moment(batch, moments)
             _launch_quadratic_form(batch, moments, energy, norm)
-            _launch_repair(batch, energy, norm)
+            _launch_repair(batch, energy, norm, _norm_of(moments))
         if batch.some_short:
             _launch_token(batch, energy, norm)
     return energy, norm, moments if save_moments else moments.new_empty(0, batch.E, batch.E)
@@ -88,12 +89,18 @@ def backward(
         energy, norm, grad_energy, grad_norm = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
         if batch.slots > 0:
             weighted = torch.empty_like(moments)
-            _launch_moment(batch, weighted, energy, norm, grad_energy)
-            _launch_moment_backward(batch, moments, weighted, energy, norm, grad_energy, grad_norm, grad_h)
-            _launch_repair_backward(batch, energy, norm, grad_energy, grad_norm, grad_h)
+            rows = energy, norm, _norm_of(moments), grad_energy
+            _launch_moment(batch, weighted, *rows)
+            _launch_moment_backward(batch, moments, weighted, *rows, grad_norm, grad_h)
+            _launch_repair_backward(batch, *rows, grad_norm, grad_h)
         if batch.some_short:
             _launch_token_backward(batch, grad_energy, grad_norm, grad_h)
     return grad_h
+
+
+def _norm_of(moments: Tensor) -> Tensor:
+    """Euclidean norm of each moment, which tells what rounding leaves in it: (slots,)."""
+    return torch.linalg.vector_norm(moments, dim=(1, 2))
 
 
 def _launch_token(batch: Batch, energy: Tensor, norm: Tensor) -> None:
@@ -130,6 +137,7 @@ def _launch_moment(
     moments: Tensor,
     energy: Tensor | None = None,
     norm: Tensor | None = None,
+    moment_norm: Tensor | None = None,
     grad_energy: Tensor | None = None,
 ) -> None:
     """Fills ``moments``, weighted by ``grad_energy`` if given. Long sequences are shared out, and the shares summed."""
@@ -139,7 +147,7 @@ def _launch_moment(
     shares = max(1, min(PROGRAMS // (pairs * batch.slots), most))
     partial = moments.new_empty(shares, *moments.shape) if shares > 1 else moments
     moment_kernel[(pairs * batch.slots, shares)](
-        *batch.tensors, energy, norm, grad_energy, partial, *batch.sizes, batch.guard,
+        *batch.tensors, energy, norm, moment_norm, grad_energy, partial, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
         **config.execution,
     )  # fmt: skip
@@ -156,10 +164,10 @@ def _launch_quadratic_form(batch: Batch, moments: Tensor, energy: Tensor, norm: 
     )  # fmt: skip
 
 
-def _launch_repair(batch: Batch, energy: Tensor, norm: Tensor) -> None:
+def _launch_repair(batch: Batch, energy: Tensor, norm: Tensor, moment_norm: Tensor) -> None:
     config = batch.config("wide", batch.bits)
     row_energy_repair_kernel[(batch.tiles(config.rows),)](
-        *batch.tensors, energy, norm, *batch.sizes, batch.guard,
+        *batch.tensors, energy, norm, moment_norm, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
         **config.execution,
     )  # fmt: skip

@@ -8,28 +8,20 @@ number; packed, ``cu[s] // threshold``, which no two sequences that long can sha
 import triton
 import triton.language as tl
 
-from .row_energy_repair import cancels
+from .row_energy_repair import cancels, rms_eigenvalue
 from .tiles import (
     count_of,
     first_row,
     last_sequence,
     load_rows,
-    offset_of,
     product,
     real_tokens,
     sequence_ptr,
+    slot_of,
     span_of,
     store_rows,
-    tile_of,
+    tile_of_rows,
 )
-
-
-@triton.jit
-def slot_of(sequence, cu_ptr, T, threshold):
-    slot = sequence
-    if cu_ptr is not None:
-        slot = offset_of(sequence, cu_ptr, T) // threshold
-    return slot
 
 
 @triton.jit
@@ -43,7 +35,7 @@ def sequence_in(slot, cu_ptr, S, T, threshold):
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
 def moment_kernel(
-    h_ptr, mask_ptr, span_ptr, cu_ptr, energy_ptr, norm_ptr, grad_energy_ptr, moment_ptr,
+    h_ptr, mask_ptr, span_ptr, cu_ptr, energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, moment_ptr,
     S, T, E, threshold,
     stride_hb, stride_ht,
     guard,
@@ -69,6 +61,8 @@ def moment_kernel(
     b = b_tile * BLOCK_E + tl.arange(0, BLOCK_E)
     tokens = tl.cdiv(tl.cdiv(stop, BLOCK_T), shares) * BLOCK_T
 
+    if grad_energy_ptr is not None:
+        floor = rms_eigenvalue(moment_norm_ptr + slot, E)
     moment = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
     for t0 in range(share * tokens, tl.minimum((share + 1) * tokens, stop), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
@@ -76,17 +70,16 @@ def moment_kernel(
         h_a = load_rows(h_ptr, t0, stride_ht, real, a, E, BLOCK_T)
         h_b = load_rows(h_ptr, t0, stride_ht, real, b, E, BLOCK_T)
         if grad_energy_ptr is not None:
-            by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, t, real, guard) == 0)
+            by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, t, real, guard, floor) == 0)
             alpha = tl.load(grad_energy_ptr + row + t, mask=by_moment, other=0.0)
             h_a = h_a.to(DERIVED)
             h_b = (alpha[:, None] * h_b.to(tl.float32)).to(DERIVED)
         moment = product(h_a.trans(), h_b, moment, PRECISION)
 
-    moment_ptr += (share * slots + slot).to(tl.int64) * E * E
-    inside = (a < E)[:, None] & (b < E)[None, :]
-    tl.store(moment_ptr + a[:, None] * E + b[None, :], moment, mask=inside)
+    moment_ptr += (share.to(tl.int64) * slots + slot) * E * E
+    store_rows(moment_ptr, a_tile * BLOCK_E, a < E, b, E, moment, BLOCK_E)
     if b_tile < a_tile:
-        tl.store(moment_ptr + b[None, :] * E + a[:, None], moment, mask=inside)
+        store_rows(moment_ptr, b_tile * BLOCK_E, b < E, a, E, moment.trans(), BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
@@ -97,13 +90,11 @@ def quadratic_form_kernel(
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, DERIVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``R_i = h_iᵀ S h_i − n2_i²``, never below 0."""
-    sequence, i0 = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK_T)
-    row = first_row(sequence, cu_ptr, T)
-    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
-    count = count_of(sequence, cu_ptr, span_ptr, T)
-    if count < threshold or i0 >= stop or i0 + BLOCK_T <= begin:
+    h_ptr, sequence, row, _, stop, i0, has_rows = tile_of_rows(
+        h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=True
+    )
+    if not has_rows:
         return
-    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
     moment_ptr += slot_of(sequence, cu_ptr, T, threshold).to(tl.int64) * E * E
     i = i0 + tl.arange(0, BLOCK_T)
     real = real_tokens(i, stop, row, mask_ptr)
@@ -114,8 +105,9 @@ def quadratic_form_kernel(
         a = a0 + tl.arange(0, BLOCK_E)
         image = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         for b0 in range(0, E, BLOCK_E):
-            h_b = load_rows(h_ptr, i0, stride_ht, real, b0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(DERIVED)
-            moment = moment_tile(moment_ptr, b0, a, E, BLOCK_E)
+            b = b0 + tl.arange(0, BLOCK_E)
+            h_b = load_rows(h_ptr, i0, stride_ht, real, b, E, BLOCK_T).to(DERIVED)
+            moment = load_rows(moment_ptr, b0, E, b < E, a, E, BLOCK_E)
             high = moment.to(DERIVED)
             image = product(h_b, high, image, PRECISION)
             if DERIVED != tl.float32:  # the rest of S: bfloat16 alone would leave R an error of 1e-3
@@ -127,15 +119,9 @@ def quadratic_form_kernel(
     tl.store(norm_ptr + row + i, norm, mask=real)
 
 
-@triton.jit
-def moment_tile(ptr, b0, a, E, BLOCK: tl.constexpr):
-    b = b0 + tl.arange(0, BLOCK)
-    return tl.load(ptr + b[:, None] * E + a[None, :], mask=(b < E)[:, None] & (a < E)[None, :], other=0.0)
-
-
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
 def moment_backward_kernel(
-    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, weighted_ptr, energy_ptr, norm_ptr,
+    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, weighted_ptr, energy_ptr, norm_ptr, moment_norm_ptr,
     grad_energy_ptr, grad_norm_ptr, grad_h_ptr,
     S, T, E, threshold,
     stride_hb, stride_ht,
@@ -144,14 +130,13 @@ def moment_backward_kernel(
     DERIVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``∂L/∂h_i`` of the rows whose energy did not cancel: one accumulator for ``S h_i`` and then ``S_α h_i``."""
-    sequence, i0 = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK_T)
-    row = first_row(sequence, cu_ptr, T)
-    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
-    count = count_of(sequence, cu_ptr, span_ptr, T)
-    if count < threshold or i0 >= stop or i0 + BLOCK_T <= begin:
+    h_ptr, sequence, row, _, stop, i0, has_rows = tile_of_rows(
+        h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=True
+    )
+    if not has_rows:
         return
-    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
     slot = slot_of(sequence, cu_ptr, T, threshold).to(tl.int64)
+    floor = rms_eigenvalue(moment_norm_ptr + slot, E)
     moment_ptr += slot * E * E
     weighted_ptr += slot * E * E
     i = i0 + tl.arange(0, BLOCK_T)
@@ -163,14 +148,18 @@ def moment_backward_kernel(
 
     grad = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
     for b0 in range(0, E, BLOCK_E):
-        h_b = load_rows(h_ptr, i0, stride_ht, real, b0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(DERIVED)
-        grad = product(h_b, moment_tile(moment_ptr, b0, out, E, BLOCK_E).to(DERIVED), grad, PRECISION)
+        b = b0 + tl.arange(0, BLOCK_E)
+        h_b = load_rows(h_ptr, i0, stride_ht, real, b, E, BLOCK_T).to(DERIVED)
+        moment = load_rows(moment_ptr, b0, E, b < E, out, E, BLOCK_E).to(DERIVED)
+        grad = product(h_b, moment, grad, PRECISION)
     grad *= alpha[:, None]
     for b0 in range(0, E, BLOCK_E):
-        h_b = load_rows(h_ptr, i0, stride_ht, real, b0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(DERIVED)
-        grad = product(h_b, moment_tile(weighted_ptr, b0, out, E, BLOCK_E).to(DERIVED), grad, PRECISION)
+        b = b0 + tl.arange(0, BLOCK_E)
+        h_b = load_rows(h_ptr, i0, stride_ht, real, b, E, BLOCK_T).to(DERIVED)
+        weighted = load_rows(weighted_ptr, b0, E, b < E, out, E, BLOCK_E).to(DERIVED)
+        grad = product(h_b, weighted, grad, PRECISION)
 
     h_i = load_rows(h_ptr, i0, stride_ht, real, out, E, BLOCK_T).to(tl.float32)
     grad = 2.0 * (grad + (beta - 2.0 * alpha * norm)[:, None] * h_i)
-    by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, i, real, guard) == 0)
+    by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, i, real, guard, floor) == 0)
     store_rows(grad_h_ptr, row + i0, by_moment, out, E, grad, BLOCK_T)

@@ -6,7 +6,7 @@ A program keeps the rows of its tile and meets every tile of the sequence; no Gr
 import triton
 import triton.language as tl
 
-from .tiles import count_of, first_row, load_rows, product, real_tokens, sequence_ptr, span_of, store_rows, tile_of
+from .tiles import load_rows, product, real_tokens, store_rows, tile_of_rows
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
@@ -17,13 +17,11 @@ def row_energy_token_kernel(
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``R_i = Σ_{j≠i} (h_i · h_j)²`` and ``n2_i`` in the sequences shorter than ``threshold``."""
-    sequence, i0 = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK_T)
-    row = first_row(sequence, cu_ptr, T)
-    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
-    count = count_of(sequence, cu_ptr, span_ptr, T)
-    if count >= threshold or i0 >= stop or i0 + BLOCK_T <= begin:
+    h_ptr, _, row, begin, stop, i0, has_rows = tile_of_rows(
+        h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=False
+    )
+    if not has_rows:
         return
-    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
     i = i0 + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     real_i = real_tokens(i, stop, row, mask_ptr)
@@ -51,13 +49,11 @@ def row_energy_token_backward_kernel(
     DERIVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``∂L/∂h_i = 2 Σ_{j≠i} (α_i + α_j) G_ij h_j + 2 β_i h_i`` in the sequences shorter than ``threshold``."""
-    sequence, i0 = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK_T)
-    row = first_row(sequence, cu_ptr, T)
-    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
-    count = count_of(sequence, cu_ptr, span_ptr, T)
-    if count >= threshold or i0 >= stop or i0 + BLOCK_T <= begin:
+    h_ptr, _, row, begin, stop, i0, has_rows = tile_of_rows(
+        h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=False
+    )
+    if not has_rows:
         return
-    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
     i = i0 + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     real_i = real_tokens(i, stop, row, mask_ptr)

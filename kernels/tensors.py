@@ -9,9 +9,12 @@ from .tiles import span_kernel
 TALLEST_TILE = 128
 
 
-def readable(x: Tensor) -> Tensor:
-    """``x`` itself where its rows lie dense and a tile of them is within 32-bit offsets, else a contiguous copy."""
-    if x.stride(-1) == 1 and x.stride(-2) * TALLEST_TILE < 2**31:
+def readable(x: Tensor, tokens: int = -2) -> Tensor:
+    """``x`` itself where its rows lie dense and a tile of them is within 32-bit offsets, else a contiguous copy.
+
+    ``tokens`` is the dimension that a tile's rows follow each other in.
+    """
+    if x.stride(-1) == 1 and x.stride(tokens) * TALLEST_TILE < 2**31:
         return x
     return x.contiguous()
 

@@ -6,11 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a b`` in float32. 16-bit operands multiply exactly; PRECISION says how float32 ones are split."""
-    if PRECISION == "bf16":
+    """``acc + a b`` in float32. 16-bit operands multiply exactly; PRECISION splits or rounds float32 ones."""
+    if PRECISION != "bf16":
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    elif a.dtype == tl.float32 or b.dtype == tl.float32:
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, input_precision="ieee")
     else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
@@ -50,8 +52,9 @@ def span_of(sequence, cu_ptr, span_ptr, T):
         begin = 0
         stop = tl.maximum(offset_of(sequence + 1, cu_ptr, T) - offset_of(sequence, cu_ptr, T), 0)
     elif span_ptr is not None:
-        begin = tl.load(span_ptr + 3 * sequence)
-        stop = tl.load(span_ptr + 3 * sequence + 1)
+        span_ptr += 3 * sequence.to(tl.int64)
+        begin = tl.load(span_ptr)
+        stop = tl.load(span_ptr + 1)
     else:
         begin = 0
         stop = T
@@ -62,7 +65,7 @@ def span_of(sequence, cu_ptr, span_ptr, T):
 def count_of(sequence, cu_ptr, span_ptr, T):
     """How many real tokens a sequence has."""
     if span_ptr is not None:
-        count = tl.load(span_ptr + 3 * sequence + 2)
+        count = tl.load(span_ptr + 3 * sequence.to(tl.int64) + 2)
     else:
         count = span_of(sequence, cu_ptr, None, T)[1]
     return count
@@ -95,6 +98,31 @@ def sequence_ptr(ptr, sequence, row, stride_b, stride_t, cu_ptr):
     else:
         ptr += sequence.to(tl.int64) * stride_b
     return ptr
+
+
+@triton.jit
+def tile_of_rows(
+    h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK: tl.constexpr, LONG: tl.constexpr
+):  # fmt: skip
+    """What a program along axis 0 works on: pointer to its sequence, the sequence and its first row, first and one past
+    the last real token, the tile's first token, and whether the tile has a real token in a sequence of ``threshold``
+    tokens or more (LONG) or of fewer.
+    """
+    sequence, first = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK)
+    row = first_row(sequence, cu_ptr, T)
+    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
+    is_long = count_of(sequence, cu_ptr, span_ptr, T) >= threshold
+    has_rows = (is_long == LONG) & (first < stop) & (first + BLOCK > begin)
+    return sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr), sequence, row, begin, stop, first, has_rows
+
+
+@triton.jit
+def slot_of(sequence, cu_ptr, T, threshold):
+    """Where the moment of a sequence of ``threshold`` tokens or more lies, see ``row_energy_moment``."""
+    slot = sequence
+    if cu_ptr is not None:
+        slot = offset_of(sequence, cu_ptr, T) // threshold
+    return slot
 
 
 @triton.jit
@@ -134,8 +162,8 @@ def matrix_tile(ptr, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def span_kernel(mask_ptr, span_ptr, T, BLOCK: tl.constexpr):
     """First, one past the last, and number of the real tokens of each sample: (B, T) → (B, 3)."""
-    sample = tl.program_id(0)
-    mask_ptr += sample.to(tl.int64) * T
+    sample = tl.program_id(0).to(tl.int64)
+    mask_ptr += sample * T
     begin = tl.full((BLOCK,), 2147483647, tl.int32)
     stop = tl.zeros((BLOCK,), tl.int32)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -146,6 +174,7 @@ def span_kernel(mask_ptr, span_ptr, T, BLOCK: tl.constexpr):
         stop = tl.where(real, token + 1, stop)
         count += real.to(tl.int32)
     last = tl.max(stop, 0)
-    tl.store(span_ptr + 3 * sample, tl.minimum(tl.min(begin, 0), last))
-    tl.store(span_ptr + 3 * sample + 1, last)
-    tl.store(span_ptr + 3 * sample + 2, tl.sum(count, 0))
+    span_ptr += 3 * sample
+    tl.store(span_ptr, tl.minimum(tl.min(begin, 0), last))
+    tl.store(span_ptr + 1, last)
+    tl.store(span_ptr + 2, tl.sum(count, 0))
