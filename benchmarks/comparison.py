@@ -1,27 +1,55 @@
-"""One way of comparing: correct first, then timed side by side in one run, medians, the answer in ``extra_info``."""
+"""One way of comparing: correct first, then timed side by side in one run; medians; the answer in ``extra_info``."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
+from memory import peak_beyond_now
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
 WRONG = 5e-2
+SECONDS_A_CASE = 4.0
+ROUNDS = 3, 25  # at least, at most
 
 Loss = Callable[..., Tensor]
+Step = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way of computing a loss of the inputs."""
+    """A way of computing something: ``step`` gives what ``expected``, in float64, is held against."""
 
     name: str
-    loss: Loss
-    dtype: torch.dtype = torch.float32
+    step: Step
+    expected: Sequence[Tensor]
+    precision: str = "highest"
+
+    def run(self) -> Sequence[Tensor]:
+        torch.set_float32_matmul_precision(self.precision)
+        return self.step()
+
+
+@dataclass
+class Measured:
+    """What became of a provider in a case."""
+
+    error: float
+    """largest relative error, in the Euclidean norm, of what the step gives"""
+    peak_mib: float | None
+    """resident memory at the step's peak beyond what was there before"""
+    ms: float | None = None
+    """median; None: not timed, because wrong"""
+    gflops: float | None = None
+    """floor of the work over the time, in 10⁹ operations a second"""
+    fraction_of_matmul: float | None = None
+    """the same over what torch.mm reaches in this process"""
+    times_as_long: float | None = None
+    """over the first provider's time, the median of the rounds' ratios"""
 
 
 def gradients(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -29,48 +57,86 @@ def gradients(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(*leaves), leaves)
 
 
+def gradient_provider(
+    name: str, loss: Loss, inputs: Sequence[Tensor], oracle: Loss, precision: str = "highest"
+) -> Provider:
+    """Forward and backward of ``loss``, held against ``oracle`` in float64."""
+    return Provider(name, lambda: gradients(loss, inputs), exact_gradients(oracle, inputs), precision)
+
+
+def exact_gradients(oracle: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return gradients(oracle, [x.double() for x in inputs])
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected).norm() / expected.norm()).item()
 
 
-def compare(
-    benchmark: BenchmarkFixture,
-    subject: Provider,
-    rivals: Sequence[Provider],
-    inputs: Sequence[Tensor],
-    oracle: Loss,
-    rounds: int,
-) -> None:
-    """Times forward + backward of ``subject``, with every rival between its rounds.
+@cache
+def matmul_gflops(threads: int, side: int = 1024) -> float:
+    """What ``torch.mm`` of float32 reaches on ``threads`` threads."""
+    a, b = (torch.randn(side, side) for _ in range(2))
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(times) / 1e9
 
-    ``extra_info`` gets each provider's error of the gradient against ``oracle`` in float64, its median in milliseconds,
-    and how many times slower than the subject each rival is.
+
+def compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: float | None = None) -> None:
+    """Times the first provider, and every other between its rounds.
+
+    ``floor``: operations that the cheapest known algorithm cannot do without.
     """
-    exact = gradients(oracle, [x.double() for x in inputs])
-    steps, errors = {}, {}
-    for provider in (subject, *rivals):
-        cast = [x.to(provider.dtype) for x in inputs]
-        errors[provider.name] = max(
-            relative_error(result, expected)
-            for result, expected in zip(gradients(provider.loss, cast), exact, strict=True)
-        )
-        if errors[provider.name] < WRONG:
-            steps[provider.name] = lambda loss=provider.loss, cast=cast: gradients(loss, cast)
-    assert subject.name in steps, f"{subject.name} is wrong: error {errors[subject.name]:.1e}"
-    seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals if rival.name in steps}
+    before = torch.get_float32_matmul_precision()
+    try:
+        _compare(benchmark, providers, floor)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: float | None) -> None:
+    measured, seconds = {}, {}
+    once = 0.0
+    for provider in providers:
+        results = provider.run()  # compiles, starts threads
+        error = max(relative_error(r, e) for r, e in zip(results, provider.expected, strict=True))
+        del results
+        start = time.perf_counter()
+        measured[provider.name] = Measured(error, peak_beyond_now(provider.run))
+        if error < WRONG:
+            seconds[provider.name] = []
+            once += time.perf_counter() - start
+    subject = providers[0]
+    assert subject.name in seconds, f"{subject.name} is wrong: error {measured[subject.name].error:.1e}"
+    rivals = [provider for provider in providers[1:] if provider.name in seconds]
 
     def run_rivals() -> None:
-        for name, times in seconds.items():
-            start = time.perf_counter()
-            steps[name]()
-            times.append(time.perf_counter() - start)
+        for rival in rivals:
+            seconds[rival.name].append(_timed(rival))
 
-    benchmark.pedantic(steps[subject.name], setup=run_rivals, rounds=rounds, warmup_rounds=2)
-    own = benchmark.stats.stats.median
-    benchmark.extra_info["error"] = errors
-    benchmark.extra_info["median_ms"] = {subject.name: own * 1e3} | {
-        name: statistics.median(times) * 1e3 for name, times in seconds.items()
+    rounds = min(max(int(SECONDS_A_CASE / once), ROUNDS[0]), ROUNDS[1])
+    benchmark.pedantic(subject.run, setup=run_rivals, rounds=rounds)
+    seconds[subject.name] = benchmark.stats.stats.data
+
+    peak = matmul_gflops(torch.get_num_threads())
+    for name, times in seconds.items():
+        result, median = measured[name], statistics.median(times)
+        result.ms = median * 1e3
+        result.times_as_long = statistics.median(t / own for t, own in zip(times, seconds[subject.name], strict=True))
+        if floor is not None:
+            result.gflops = floor / median / 1e9
+            result.fraction_of_matmul = result.gflops / peak
+    benchmark.extra_info |= {
+        "threads": torch.get_num_threads(),
+        "floor_gflop": None if floor is None else floor / 1e9,
+        "matmul_gflops": peak,
+        "providers": {name: asdict(result) for name, result in measured.items()},
     }
-    benchmark.extra_info["times_faster_than"] = {
-        name: statistics.median(times) / own for name, times in seconds.items()
-    }
+
+
+def _timed(provider: Provider) -> float:
+    start = time.perf_counter()
+    provider.run()
+    return time.perf_counter() - start

@@ -1,0 +1,46 @@
+"""What does a call cost when there is nothing to do, and how long does a large dictionary take?"""
+
+import pytest
+import torch
+from comparison import Provider, compare
+from torch import Tensor
+
+import safr_fast as sf
+
+CALLS = 100
+DICTIONARY = 131_072, 2_304
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+def bench_one_token(benchmark, direction: str) -> None:
+    """100 calls, each on one sample of one token of width 1."""
+    benchmark.group = f"{CALLS} calls of row_energy on one token"
+    benchmark.extra_info |= {"case": direction}
+    h = torch.ones(1, 1, 1)
+
+    def calls(impl: str) -> list[Tensor]:
+        for _ in range(CALLS):
+            leaf = h.requires_grad_(direction != "forward")
+            _, squared_norm = sf.row_energy(leaf, impl=impl)
+            if leaf.requires_grad:
+                torch.autograd.grad(squared_norm.sum(), leaf)
+        return [squared_norm.detach()]
+
+    expected = [torch.ones(1, 1, dtype=torch.float64)]
+    compare(benchmark, [Provider(impl, lambda impl=impl: calls(impl), expected) for impl in ("cpp", "reference")])
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True, ids=["2-threads"])
+def bench_dictionary(benchmark, threads: int) -> None:
+    """The capacity of each feature of a dictionary as wide as Gemma 2 2B's residual stream; checked on 64 of them."""
+    features, width = DICTIONARY
+    benchmark.group = f"capacity of a dictionary of {features:,} × {width:,}"
+    benchmark.extra_info |= {"case": "forward", "length": features}
+    d = torch.randn(features, width, generator=torch.Generator().manual_seed(0))
+    some = torch.arange(0, features, features // 64)
+    gram_rows = d[some].double() @ d.double().mT  # (64, N)
+    own = gram_rows[torch.arange(len(some)), some]
+    expected = [own.square() / gram_rows.square().sum(-1)]
+    del gram_rows
+    with torch.no_grad():
+        compare(benchmark, [Provider("ours highest", lambda: [sf.capacity(d)[some]], expected)])

@@ -1,0 +1,82 @@
+"""What share of a training step do both regularisers take? The paper's model, 8 samples of T tokens, Adam included."""
+
+import pytest
+import torch
+from comparison import Provider, compare
+from providers import precisions
+from torch import Tensor, nn
+
+import safr_fast as sf
+from safr_fast.nn import ClassifierOutput, SAFRClassifier
+
+SAMPLES, WORDS = 8, 20_000
+LAMBDA_IMPORTANCE, LAMBDA_INTERACTION = 1.0, 0.1
+
+
+def task(output: ClassifierOutput, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.logits, labels)
+
+
+def plain(output: ClassifierOutput, labels: Tensor) -> Tensor:
+    """The released code's formulas, which make T×T tensors throughout."""
+    h, ((q, k),) = output.hidden, output.qk
+    others = ~torch.eye(h.shape[-2], dtype=torch.bool)
+    polysemanticity = (h @ h.mT).square().where(others, 0).sum(-1) / (h.norm(dim=-1) + 1e-5).square()
+    importance = (polysemanticity / h.shape[-1]).clamp(min=1e-30).sqrt().mean()  # closed gates leave rows of zeros
+    attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    interaction = (attention * (1 - (attention @ attention.mT).where(others, 0))).mean()
+    return task(output, labels) + LAMBDA_IMPORTANCE * importance + LAMBDA_INTERACTION * interaction
+
+
+_safr = sf.SAFRLoss(LAMBDA_IMPORTANCE, LAMBDA_INTERACTION, variant="released")
+
+
+def ours(output: ClassifierOutput, labels: Tensor) -> Tensor:
+    return _safr(output.logits, labels, hidden=output.hidden, qk=output.qk)
+
+
+class Training:
+    """The same weights and batch in every step."""
+
+    def __init__(self, length: int) -> None:
+        torch.manual_seed(0)
+        self.model = SAFRClassifier(WORDS)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
+        self.ids = torch.randint(WORDS, (SAMPLES, length))
+        self.labels = torch.randint(2, (SAMPLES,))
+
+    def forward(self) -> ClassifierOutput:
+        torch.manual_seed(1)  # of gates and dropout
+        return self.model(self.ids)
+
+    def provider(self, name: str, loss, exact, precision: str) -> Provider:
+        def step() -> list[Tensor]:
+            value = loss(self.forward(), self.labels)
+            self.optimizer.zero_grad()
+            value.backward()
+            self.optimizer.step()
+            return [value.detach()]
+
+        with torch.no_grad():
+            logits, hidden, qk, gate = self.forward()
+            output = ClassifierOutput(
+                logits.double(), hidden.double(), tuple((q.double(), k.double()) for q, k in qk), gate
+            )
+            return Provider(name, step, [exact(output, self.labels)], precision)
+
+
+@pytest.mark.parametrize("length", [512, 1024])
+def bench_training_step(benchmark, length: int, threads: int) -> None:
+    benchmark.group = f"training step of the paper's model, {SAMPLES} samples"
+    benchmark.extra_info |= {"case": f"T={length}", "length": length}
+    training = Training(length)
+    measured = [precision for precision in precisions() if precision != "medium"]
+    providers = [training.provider(f"ours {p}", ours, plain, p) for p in measured]
+    providers.append(training.provider("eager", plain, plain, "highest"))
+    providers += [training.provider(f"no regulariser {p}", task, task, p) for p in measured]
+    compare(benchmark, providers)
+
+    times = {name: p["ms"] for name, p in benchmark.extra_info["providers"].items()}
+    without = {p: times[f"no regulariser {p}"] for p in measured}
+    share = {f"ours {p}": 1 - without[p] / times[f"ours {p}"] for p in measured}
+    benchmark.extra_info["regularisers_share"] = share | {"eager": 1 - without["highest"] / times["eager"]}

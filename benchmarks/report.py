@@ -1,0 +1,187 @@
+"""Turns the JSON of a benchmark run into ``BENCHMARKS.md`` and its plots.
+
+    pytest benchmarks/ --benchmark-only --benchmark-json=run.json
+    python benchmarks/report.py run.json                 # adds it to benchmarks/results/, and writes BENCHMARKS.md anew
+
+A run is kept under the name of its machine, level and date; a later run of the same name takes its place.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from targets import targets
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "BENCHMARKS.md"
+# Groups whose cases differ in length alone.
+PLOTTED = {
+    "row energy": "row energy, 8,192 tokens",
+    "interaction": "interaction from q and k of width 64",
+}
+
+Bench = dict[str, Any]
+Run = dict[str, Any]
+
+
+def condensed(raw: Run) -> Run:
+    """What is kept of pytest-benchmark's JSON: the machine, the date, and each case's comparison."""
+    machine = raw["machine_info"]
+    cpp = next((detail for name, detail in machine["backends"].items() if name == "cpp"), "")
+    level = re.search(r"level (\w+)", cpp)
+    return {
+        "machine": machine["cpu"].get("brand_raw", machine["processor"]),
+        "cpus": machine["cpus"],
+        "level": level[1] if level else "none",
+        "versions": {"torch": machine["torch"], "python": machine["python_version"], "platform": machine["platform"]},
+        "date": raw["datetime"][:10],
+        "cases": [
+            {"group": bench["group"], "rounds": bench["stats"]["rounds"], **bench["extra_info"]}
+            for bench in raw["benchmarks"]
+        ],
+    }
+
+
+def name_of(run: Run) -> str:
+    words = re.sub(r"\([^)]*\)|CPU|Processor", " ", run["machine"])
+    return "-".join([*re.findall(r"[a-z0-9]+", words.lower()), run["level"], run["date"]])
+
+
+def page(runs: Sequence[tuple[str, Run]]) -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python benchmarks/report.py` from the runs in `benchmarks/results/`; every figure was measured.",
+        "",
+        "The providers of a case run in turn in one process. Times are medians, forward and backward unless the",
+        "case says otherwise; `×` is how many times as long as the case's first provider, the median of the",
+        "rounds' ratios. Before anything is timed, results are held against float64: the error is the largest",
+        "relative one, and a provider beyond 5 % is not timed. `of matmul`: operations of the cheapest known exact",
+        "algorithm a second, over what `torch.mm` reaches in the same process. Memory is resident memory at the",
+        "peak, beyond what was there before.",
+        "",
+    ]
+    for name, run in runs:
+        lines += _section(name, run)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(name: str, run: Run) -> Iterable[str]:
+    versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
+    yield f"## {run['machine']}, {run['cpus']} cores, level {run['level']}, {run['date']}"
+    yield ""
+    yield f"{versions}."
+    yield ""
+    for title in PLOTTED:
+        yield f"![Time and memory of {title} against length](benchmarks/results/{_plot_name(name, title)})"
+        yield ""
+    yield from _target_table(run)
+    groups: dict[str, list[Bench]] = {}
+    for case in run["cases"]:
+        groups.setdefault(case["group"], []).append(case)
+    for group, cases in groups.items():
+        yield f"### {group[0].upper()}{group[1:]}"
+        yield ""
+        yield "| case | threads | provider | ms | × | error | of matmul | MiB |"
+        yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+        for case in cases:
+            for index, (provider, p) in enumerate(case["providers"].items()):
+                head = f"{case['case']} | {case['threads']}" if index == 0 else " |"
+                yield f"| {head} | {_provider(provider, case)} | {_measured(p)} |"
+        yield ""
+
+
+def _provider(name: str, case: Bench) -> str:
+    share = case.get("regularisers_share", {}).get(name)
+    return name if share is None else f"{name}: regularisers {share:.0%} of the step"
+
+
+def _measured(p: dict[str, float | None]) -> str:
+    if p["ms"] is None:
+        return f"wrong | | {p['error']:.0e} | | "
+    fraction = "" if p["fraction_of_matmul"] is None else f"{p['fraction_of_matmul']:.2f}"
+    memory = "" if p["peak_mib"] is None else f"{p['peak_mib']:.0f}"
+    return f"{p['ms']:.3g} | {p['times_as_long']:.2f} | {p['error']:.0e} | {fraction} | {memory}"
+
+
+def _target_table(run: Run) -> Iterable[str]:
+    """Ratios to eager beside what the design asks for."""
+    rows = list(targets(run))
+    if not rows:
+        return
+    yield "### Times as fast as eager float32, beside the targets"
+    yield ""
+    yield "| | T | must | aim | 1 thread | 2 threads |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in rows:
+        reached = " | ".join(_ratio(run, row, threads) for threads in (1, 2))
+        yield f"| {row.title} | {row.length} | {row.must:g} | {row.aim:g} | {reached} |"
+    yield ""
+
+
+def _ratio(run: Run, row: Any, threads: int) -> str:
+    for case in run["cases"]:
+        if case["group"] == row.group and case.get("length") == row.length and case["threads"] == threads:
+            own, eager = case["providers"].get(row.provider), case["providers"]["eager"]
+            if own and own["ms"] and eager["ms"]:
+                ratio = eager["times_as_long"] / own["times_as_long"]
+                return f"{ratio:.2g}" + ("" if ratio >= row.must else " (short)")
+    return ""
+
+
+def _plot_name(name: str, title: str) -> str:
+    return f"{name}-{title.replace(' ', '-')}.svg"
+
+
+def plot(name: str, run: Run, title: str, group_start: str, threads: int = 1) -> None:
+    """Time and memory against length, both axes logarithmic, every provider a line."""
+    from matplotlib import pyplot
+
+    cases = [c for c in run["cases"] if c["group"].startswith(group_start) and c["threads"] == threads]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, key, label in (
+        (axes[0], "ms", "time, ms a head or 8,192 tokens"),
+        (axes[1], "peak_mib", "peak memory, MiB"),
+    ):
+        for provider in dict.fromkeys(p for case in cases for p in case["providers"]):
+            points = [
+                (case["length"], case["providers"][provider][key] / case.get("heads", 1))
+                for case in cases
+                if case["providers"].get(provider, {}).get(key)
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=provider)
+        axis.set(xscale="log", yscale="log", xlabel="T, tokens", ylabel=label)
+        axis.set_xticks(ticks := sorted({case["length"] for case in cases}), map(str, ticks))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.suptitle(f"{cases[0]['group']}: {run['machine']}, {threads} thread, {run['date']}", fontsize="medium")
+    pyplot.rcParams["svg.hashsalt"] = name  # the same run gives the same file
+    figure.savefig(RESULTS / _plot_name(name, title), metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "run", nargs="*", type=Path, help="JSON files of pytest-benchmark to add; none: write anew only"
+    )
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for path in arguments.run:
+        run = condensed(json.loads(path.read_text(encoding="utf-8")))
+        (RESULTS / f"{name_of(run)}.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    runs = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
+    for name, run in runs:
+        for title, group_start in PLOTTED.items():
+            plot(name, run, title, group_start)
+    PAGE.write_text(page(runs), encoding="utf-8")
+    print(f"{PAGE}: {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    main()
