@@ -10,7 +10,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.pop("node", None)
     machine_info["torch"] = torch.__version__
     machine_info["cpus"] = len(_usable_cpus())
-    machine_info["platform"] = platform.platform()
+    machine_info["platform"] = f"{platform.system()} {platform.machine()}"
     machine_info["backends"] = {backend.name: backend.detail for backend in sf.available_backends()}
 
 

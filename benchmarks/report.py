@@ -71,7 +71,7 @@ def page(runs: Sequence[tuple[str, Run]]) -> str:
 
 def _section(name: str, run: Run) -> Iterable[str]:
     versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
-    yield f"## {run['machine']}, {run['cpus']} cores, level {run['level']}, {run['date']}"
+    yield f"## {run['machine']}, processors used: {run['cpus']}, level {run['level']}, {run['date']}"
     yield ""
     yield f"{versions}."
     yield ""
