@@ -77,6 +77,12 @@ class Operand {
   // Packed depth of the block that starts at k0.
   int64_t padded(int64_t k0) const { return round_up(std::min(depth, k - k0), product.k_unit); }
 
+  // Line `line`, a multiple of the tile's rows or columns, from k0 on.
+  const void* at(int64_t k0, int64_t line) const {
+    return static_cast<const char*>(panel(k0, line / width())) + line % width() * bytes();
+  }
+  Side side() const { return side_; }
+
   const Product& product;
   const int64_t k, depth;
 
@@ -109,6 +115,17 @@ class ColumnBlocks {
 
   bool shared() const { return shared_.has_value(); }
 
+  // Calls body(left operand, rows of it) for rows of the matrix's transpose, those of a block, and the k in `ks`.
+  template <typename Body>
+  void with_rows(Range rows, Range ks, const Body& body) const {
+    if (shared_ && product_.own_tiles.whole) return body(*shared_, rows);
+    Workspace& workspace = Workspace::own();
+    const Workspace::Mark mark(workspace);
+    const Operand left(product_, Side::left, workspace, rows.size(), k_);
+    left.pack(transposed(matrix_), rows.begin, {0, rows.size()}, ks);
+    body(left, Range{0, rows.size()});
+  }
+
   // Calls body(operand, columns of it) for a block of columns and the k in `ks`.
   template <typename Body>
   void with(Range cols, Range ks, const Body& body) const {
@@ -130,11 +147,13 @@ class ColumnBlocks {
 constexpr int64_t kWhole = -(int64_t(1) << 62);
 
 // c = left[rows] · right[cols] summed over ks, added to c where `accumulate`. Ranges begin at panels, and at a multiple
-// of the depth; c has room for whole panels. Tiles that lie below the diagonal are left out: those whose first row,
+// of the depth; c has room for whole panels. `left` may be packed as a right operand where the product's own_tiles
+// exist. Tiles that lie below the diagonal are left out: those whose first row,
 // plus `below`, is not less than the end of their columns.
 inline void multiply(const Operand& left, Range rows, const Operand& right, Range cols, Range ks, float* c,
                      int64_t stride, bool accumulate = false, int64_t below = kWhole) {
   const Product& p = left.product;
+  const Tiles& tiles = left.side() == Side::left ? p.tiles : p.own_tiles;
   for (int64_t k0 = ks.begin; k0 < ks.end; k0 += left.depth) {
     const bool add = accumulate || k0 > ks.begin;
     // A left panel stays in the first-level cache while the right ones pass by.
@@ -142,7 +161,9 @@ inline void multiply(const Operand& left, Range rows, const Operand& right, Rang
       for (int64_t j = cols.begin; j < cols.end; j += p.nr) {
         if (i + below >= j + p.nr) continue;
         float* out = c + (i - rows.begin) * stride + j - cols.begin;
-        p.tile(left.padded(k0), left.panel(k0, i / p.mr), right.panel(k0, j / p.nr), out, stride, add);
+        const bool half = tiles.right_half && i + below >= j + p.nr / 2;
+        const Tile tile = half ? tiles.right_half : tiles.whole;
+        tile(left.padded(k0), left.at(k0, i), right.at(k0, j), out, stride, add);
       }
     }
   }

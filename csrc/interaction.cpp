@@ -93,16 +93,15 @@ double pair_sum(const Head& head, const HalfMatrix* phi, float* m, int64_t m_str
     const Workspace::Mark own_mark(own);
     const Range group = block(index, group_blocks, head.blocks());
     const Range is = {head.rows(group.begin).begin, head.rows(group.end - 1).end};
-    const Operand left(head.product, Side::left, own, is.size(), head.count);
-    left.pack(head.attention(), is.begin, {0, is.size()}, head.until(is.end));
     float* gram = own.take<float>(buffer_size(head.product, side, side));
-    for (int64_t j = group.begin; j < head.blocks(); ++j)
-      columns.with(head.rows(j), head.until(is.end), [&](const Operand& right, Range cols) {
-        for (int64_t i = group.begin; i < group.end && i <= j; ++i) {
-          const Range lines = {head.rows(i).begin - is.begin, head.rows(i).end - is.begin};
-          visit(left, lines, i, j, right, cols, gram);
-        }
-      });
+    columns.with_rows(is, head.until(is.end), [&](const Operand& left, Range lines) {
+      const int64_t offset = lines.begin - is.begin;
+      for (int64_t j = group.begin; j < head.blocks(); ++j)
+        columns.with(head.rows(j), head.until(is.end), [&](const Operand& right, Range cols) {
+          for (int64_t i = group.begin; i < group.end && i <= j; ++i)
+            visit(left, {head.rows(i).begin + offset, head.rows(i).end + offset}, i, j, right, cols, gram);
+        });
+    });
   });
   return std::accumulate(losses.begin(), losses.end(), 0.0);
 }

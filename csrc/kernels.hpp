@@ -26,6 +26,14 @@ struct View {
 // Internal linkage, for the reason above: every unit keeps its own copy.
 static inline View transposed(const View& v) { return {v.data, v.dtype, v.col_stride, v.row_stride, v.cols, v.rows}; }
 
+// c (mr × nr, row stride ldc) = left panel · right panel, added to c where accumulate. k is a multiple of k_unit.
+using Tile = void (*)(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate);
+
+struct Tiles {
+  Tile whole;
+  Tile right_half;  // the right half of its columns alone, at the same place in c; null where a tile is not divided
+};
+
 // One way of multiplying matrices: operands are packed into panels, then register tiles run over the panels.
 struct Product {
   int mr, nr;       // rows and columns of the register tile
@@ -39,8 +47,10 @@ struct Product {
   void (*pack_left)(const View& a, int64_t row0, int64_t m, int64_t k0, int64_t k, void* out);
   // Packs b[k0 : k0 + k, col0 : col0 + n] into ceil(n / nr) panels likewise.
   void (*pack_right)(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, void* out);
-  // c (mr × nr, row stride ldc) = left panel · right panel, added to c where accumulate. k is a multiple of k_unit.
-  void (*tile)(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate);
+  Tiles tiles;
+  // The same for a left operand that is packed as a right one, so that a matrix times its own transpose is packed once:
+  // `left` is where the tile's first row lies in its panel, right_bytes a row. Null where that cannot be.
+  Tiles own_tiles;
 };
 
 // State that a thread enters before it runs kernels: denormals flushed, tile registers configured.

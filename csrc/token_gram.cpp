@@ -11,6 +11,23 @@ ColumnBlocks gram_columns(const Tokens& t, Workspace& workspace) {
   return {t.product, t.crew, workspace, transposed(t.h), t.count, t.width, [&](Range) { return Range{0, t.width}; }};
 }
 
+// Makes the blocks of columns from `is` on of the rows `is` of a Gram matrix, one after the other, in `gram`, and calls
+// finish(columns) for each.
+template <typename Finish>
+void half_row(const ColumnBlocks& right, Range is, int64_t count, int64_t side, int64_t width, float* gram,
+              int64_t stride, const Finish& finish) {
+  right.with_rows(is, {0, width}, [&](const Operand& left, Range lines) {
+    for (int64_t j0 = is.begin; j0 < count; j0 += side) {
+      const Range js = {j0, std::min(j0 + side, count)};
+      right.with(js, {0, width}, [&](const Operand& columns, Range cols) {
+        multiply(left, lines, columns, cols, {0, width}, gram, stride, false,
+                 is.begin - lines.begin - js.begin + cols.begin);
+      });
+      finish(js);
+    }
+  });
+}
+
 // Gradient by M H with M_ij = (α_i + α_j) G_ij, M_ii = β_i, which is stored whole: half of G is made, and mirrored.
 void stored_gradient(const Tokens& t, const float* alpha, const float* beta, const Gradient& gradient) {
   Workspace& workspace = Workspace::own();
@@ -25,26 +42,19 @@ void stored_gradient(const Tokens& t, const float* alpha, const float* beta, con
       Workspace& own = Workspace::own();
       const Workspace::Mark own_mark(own);
       const Range is = block(index, side, t.count);
-      const Operand left(p, Side::left, own, is.size(), t.width);
-      left.pack(t.h, is.begin, is.size());
       float* gram = own.take<float>(buffer_size(p, side, side));
       const int64_t gram_stride = row_stride(p, side);
-      for (int64_t j0 = is.begin; j0 < t.count; j0 += side) {
-        const Range js = {j0, std::min(j0 + side, t.count)};
-        right.with(js, {0, t.width}, [&](const Operand& columns, Range cols) {
-          multiply(left, {0, is.size()}, columns, cols, {0, t.width}, gram, gram_stride, false,
-                   is.begin - js.begin + cols.begin);
-        });
+      half_row(right, is, t.count, side, t.width, gram, gram_stride, [&](Range js) {
         t.pass.weigh(gram, gram_stride, is.size(), js.size(), is.begin == js.begin, alpha + is.begin,
                      alpha + js.begin, weights + is.begin * stride + js.begin, weights + js.begin * stride + is.begin,
                      stride);
-      }
+      });
       for (int64_t i = is.begin; i < is.end; ++i) weights[i * stride + i] = beta[i];
     });
   }
 
   const Operand left(p, Side::left, workspace, t.count, t.count);
-  const View matrix = {weights, Dtype::float32, stride, 1, nullptr, nullptr};
+  const View matrix = {weights, Dtype::float32, 1, stride, nullptr, nullptr};  // symmetric: read along the panels
   t.crew.each(blocks, [&](int64_t index) {
     const Range is = block(index, side, t.count);
     left.pack(matrix, is.begin, is, {0, t.count});
@@ -127,19 +137,12 @@ void token_energy(const Tokens& t, float* energy) {
     std::fill(sums + task_is.begin, sums + t.count, 0.0f);
     const int64_t stride = row_stride(t.product, side);
     float* gram = own.take<float>(buffer_size(t.product, side, side));
-    const Operand left(t.product, Side::left, own, side, t.width);
     for (int64_t i0 = task_is.begin; i0 < task_is.end; i0 += side) {
       const Range is = {i0, std::min(i0 + side, task_is.end)};
-      left.pack(t.h, is.begin, is.size());
-      for (int64_t j0 = i0; j0 < t.count; j0 += side) {
-        const Range js = {j0, std::min(j0 + side, t.count)};
-        right.with(js, {0, t.width}, [&](const Operand& columns, Range cols) {
-          multiply(left, {0, is.size()}, columns, cols, {0, t.width}, gram, stride, false,
-                   is.begin - js.begin + cols.begin);
-        });
+      half_row(right, is, t.count, side, t.width, gram, stride, [&](Range js) {
         t.pass.square_sums(gram, stride, is.size(), js.size(), is.begin - js.begin + 1, sums + is.begin,
                            sums + js.begin);
-      }
+      });
     }
   });
 

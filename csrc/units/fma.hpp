@@ -101,18 +101,20 @@ void pack_right(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, v
   pack<Width>(b, {b.col_stride, b.cols}, {b.row_stride, b.rows}, col0, n, k0, k, static_cast<float*>(out));
 }
 
-// Rows × (Vectors · kLanes) sums stay in registers: the loops over them must unroll whole.
-template <int Rows, int Vectors>
-void tile(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate) {
+// Rows × (Vectors · kLanes) sums stay in registers: the loops over them must unroll whole. A left panel has LeftWidth
+// rows; of a right panel of RightWidth columns those from First on take part.
+template <int Rows, int Vectors, int LeftWidth, int RightWidth, int First>
+void multiply_panels(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate) {
   const float* a = static_cast<const float*>(left);
-  const float* b = static_cast<const float*>(right);
+  const float* b = static_cast<const float*>(right) + First;
+  c += First;
   Vec sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) sum[i][j] = zero();
 
-  for (; k > 0; --k, a += Rows, b += Vectors * kLanes) {
+  for (; k > 0; --k, a += LeftWidth, b += RightWidth) {
     Vec row[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) row[j] = load(b + j * kLanes);
@@ -133,10 +135,23 @@ void tile(int64_t k, const void* left, const void* right, float* c, int64_t ldc,
     }
 }
 
+template <int Rows, int Vectors, int LeftWidth>
+constexpr Tiles fma_tiles() {
+  constexpr int width = Vectors * kLanes;
+  if constexpr (Vectors == 2)
+    return {multiply_panels<Rows, 2, LeftWidth, width, 0>, multiply_panels<Rows, 1, LeftWidth, width, kLanes>};
+  else
+    return {multiply_panels<Rows, Vectors, LeftWidth, width, 0>, nullptr};
+}
+
 template <int Rows, int Vectors>
-constexpr Product fma_product = {
-    Rows, Vectors * kLanes, 1, sizeof(float), sizeof(float), 256, pack_left<Rows>, pack_right<Vectors * kLanes>,
-    tile<Rows, Vectors>};
+constexpr Product fma_product() {
+  constexpr int width = Vectors * kLanes;
+  Tiles own = {nullptr, nullptr};
+  if constexpr (width % Rows == 0) own = fma_tiles<Rows, Vectors, width>();
+  return {Rows, width, 1, sizeof(float), sizeof(float), 256, pack_left<Rows>, pack_right<width>,
+          fma_tiles<Rows, Vectors, Rows>(), own};
+}
 
 }  // namespace
 }  // namespace safr
