@@ -43,10 +43,12 @@ bool has_avx512() {
   return has_avx2() && os_saves(0xe6) && f && dq && bw && vl;
 }
 
+bool has_avx512_bf16() { return has_avx512() && bit(Cpuid(7, 1).eax, 5); }
+
 bool has_amx() {
-  const uint32_t edx = Cpuid(7, 0).edx, eax = Cpuid(7, 1).eax;
-  const bool bf16 = bit(eax, 5), amx_bf16 = bit(edx, 22), amx_tile = bit(edx, 24);
-  if (!has_avx512() || !os_saves(0x600e6) || !bf16 || !amx_bf16 || !amx_tile) return false;
+  const uint32_t edx = Cpuid(7, 0).edx;
+  const bool amx_bf16 = bit(edx, 22), amx_tile = bit(edx, 24);
+  if (!has_avx512_bf16() || !os_saves(0x600e6) || !amx_bf16 || !amx_tile) return false;
   // Linux gives a process the tile registers on request only, and may refuse.
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -67,6 +69,11 @@ const std::vector<Level>& levels() {
 #else
   constexpr const Kernels* amx = nullptr;
 #endif
+#if defined(SAFR_UNIT_AVX512_BF16)
+  constexpr const Kernels* avx512_bf16 = &kernels_avx512_bf16;
+#else
+  constexpr const Kernels* avx512_bf16 = nullptr;
+#endif
 #if defined(SAFR_UNIT_AVX512)
   constexpr const Kernels* avx512 = &kernels_avx512;
 #else
@@ -83,16 +90,17 @@ const std::vector<Level>& levels() {
   constexpr const Kernels* neon = nullptr;
 #endif
 #if defined(__x86_64__)
-  static const bool has[] = {amx && has_amx(), has_avx512(), has_avx2(), false};
+  static const bool has[] = {amx && has_amx(), has_avx512_bf16(), has_avx512(), has_avx2(), false};
 #elif defined(__aarch64__)
-  static const bool has[] = {false, false, false, true};
+  static const bool has[] = {false, false, false, false, true};
 #else
-  static const bool has[] = {false, false, false, false};
+  static const bool has[] = {false, false, false, false, false};
 #endif
   static const std::vector<Level> all = {{"amx", amx, has[0]},
-                                         {"avx512", avx512, has[1]},
-                                         {"avx2", avx2, has[2]},
-                                         {"neon", neon, has[3]},
+                                         {"avx512_bf16", avx512_bf16, has[1]},
+                                         {"avx512", avx512, has[2]},
+                                         {"avx2", avx2, has[3]},
+                                         {"neon", neon, has[4]},
                                          {"baseline", &kernels_baseline, true}};
   return all;
 }

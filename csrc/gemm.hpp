@@ -79,7 +79,8 @@ class Operand {
 
   // Line `line`, a multiple of the tile's rows or columns, from k0 on.
   const void* at(int64_t k0, int64_t line) const {
-    return static_cast<const char*>(panel(k0, line / width())) + line % width() * bytes();
+    constexpr int64_t word = 4;
+    return static_cast<const char*>(panel(k0, line / width())) + line % width() * word;
   }
   Side side() const { return side_; }
 

@@ -49,7 +49,8 @@ struct Product {
   void (*pack_right)(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, void* out);
   Tiles tiles;
   // The same for a left operand that is packed as a right one, so that a matrix times its own transpose is packed once:
-  // `left` is where the tile's first row lies in its panel, right_bytes a row. Null where that cannot be.
+  // `left` is where the tile's first row lies in its panel, of which a row takes one word of 32 bits. Null where that
+  // cannot be.
   Tiles own_tiles;
 };
 
@@ -70,6 +71,6 @@ struct Kernels {
 };
 
 // One table a unit; which of them are built depends on the architecture and the compiler.
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_amx, kernels_neon;
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx, kernels_neon;
 
 }  // namespace safr

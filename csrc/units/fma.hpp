@@ -1,4 +1,4 @@
-// Float32 products by multiply-add, and their packing, over a unit's vector layer. The layer, included before, gives
+// Products by multiply-add, and the packing of float32 ones, over a unit's vector layer. The layer, included before, gives
 // kLanes, Vec, zero, load, load_part, broadcast, multiply_add, store, store_part and transpose.
 #pragma once
 
@@ -101,9 +101,15 @@ void pack_right(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, v
   pack<Width>(b, {b.col_stride, b.cols}, {b.row_stride, b.rows}, col0, n, k0, k, static_cast<float*>(out));
 }
 
+// One step of a tile over words of 32 bits: here a word is one float32.
+struct MultiplyAdd {
+  static constexpr int depth = 1;  // k that a word holds
+  static Vec apply(Vec a, Vec b, Vec sum) { return multiply_add(a, b, sum); }
+};
+
 // Rows × (Vectors · kLanes) sums stay in registers: the loops over them must unroll whole. A left panel has LeftWidth
 // rows; of a right panel of RightWidth columns those from First on take part.
-template <int Rows, int Vectors, int LeftWidth, int RightWidth, int First>
+template <typename Step, int Rows, int Vectors, int LeftWidth, int RightWidth, int First>
 void multiply_panels(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate) {
   const float* a = static_cast<const float*>(left);
   const float* b = static_cast<const float*>(right) + First;
@@ -114,7 +120,7 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) sum[i][j] = zero();
 
-  for (; k > 0; --k, a += LeftWidth, b += RightWidth) {
+  for (; k > 0; k -= Step::depth, a += LeftWidth, b += RightWidth) {
     Vec row[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) row[j] = load(b + j * kLanes);
@@ -122,7 +128,7 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
     for (int i = 0; i < Rows; ++i) {
       const Vec factor = broadcast(a + i);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sum[i][j] = multiply_add(factor, row[j], sum[i][j]);
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = Step::apply(factor, row[j], sum[i][j]);
     }
   }
 
@@ -135,23 +141,27 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
     }
 }
 
-template <int Rows, int Vectors, int LeftWidth>
-constexpr Tiles fma_tiles() {
+template <typename Step, int Rows, int Vectors, int LeftWidth>
+constexpr Tiles tiles() {
   constexpr int width = Vectors * kLanes;
   if constexpr (Vectors == 2)
-    return {multiply_panels<Rows, 2, LeftWidth, width, 0>, multiply_panels<Rows, 1, LeftWidth, width, kLanes>};
+    return {multiply_panels<Step, Rows, 2, LeftWidth, width, 0>, multiply_panels<Step, Rows, 1, LeftWidth, width, kLanes>};
   else
-    return {multiply_panels<Rows, Vectors, LeftWidth, width, 0>, nullptr};
+    return {multiply_panels<Step, Rows, Vectors, LeftWidth, width, 0>, nullptr};
+}
+
+template <typename Step, int Rows, int Vectors>
+constexpr Tiles own_tiles() {
+  if constexpr (Vectors * kLanes % Rows == 0)
+    return tiles<Step, Rows, Vectors, Vectors * kLanes>();
+  else
+    return {nullptr, nullptr};
 }
 
 template <int Rows, int Vectors>
-constexpr Product fma_product() {
-  constexpr int width = Vectors * kLanes;
-  Tiles own = {nullptr, nullptr};
-  if constexpr (width % Rows == 0) own = fma_tiles<Rows, Vectors, width>();
-  return {Rows, width, 1, sizeof(float), sizeof(float), 256, pack_left<Rows>, pack_right<width>,
-          fma_tiles<Rows, Vectors, Rows>(), own};
-}
+constexpr Product fma_product = {
+    Rows, Vectors * kLanes, 1, sizeof(float), sizeof(float), 256, pack_left<Rows>, pack_right<Vectors * kLanes>,
+    tiles<MultiplyAdd, Rows, Vectors, Rows>(), own_tiles<MultiplyAdd, Rows, Vectors>()};
 
 }  // namespace
 }  // namespace safr

@@ -14,21 +14,12 @@
 #include "../passes.hpp"
 #include "denormals.hpp"
 #include "fma.hpp"
+#include "pairs.hpp"
 
 namespace safr {
 namespace {
 
 constexpr int kWidth = 32, kDepth = 32, kTileBytes = 1024, kTileRowBytes = 64;
-
-// 16 pairs of bfloat16, one in each 32-bit lane, the first of a pair in the lower half.
-typedef __m512i Pairs;
-
-// Rounds to nearest even, and keeps NaN.
-inline Pairs round_pairs(Vec low, Vec high) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
 
 // Rounds x to a bfloat16 (a tie goes either way: the next part makes it good) and leaves the rest in x.
 inline __m512i take_part(Vec& x) {

@@ -9,7 +9,7 @@
 namespace safr {
 namespace {
 
-constexpr Product kFloat32 = fma_product<8, 2>();
+constexpr Product kFloat32 = fma_product<8, 2>;
 
 }  // namespace
 
