@@ -145,7 +145,8 @@ template <typename Step, int Rows, int Vectors, int LeftWidth>
 constexpr Tiles tiles() {
   constexpr int width = Vectors * kLanes;
   if constexpr (Vectors == 2)
-    return {multiply_panels<Step, Rows, 2, LeftWidth, width, 0>, multiply_panels<Step, Rows, 1, LeftWidth, width, kLanes>};
+    return {multiply_panels<Step, Rows, 2, LeftWidth, width, 0>,
+            multiply_panels<Step, Rows, 1, LeftWidth, width, kLanes>};
   else
     return {multiply_panels<Step, Rows, Vectors, LeftWidth, width, 0>, nullptr};
 }

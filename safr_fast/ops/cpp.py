@@ -54,13 +54,15 @@ def description() -> str:
     return f"C++ kernels at level {_cpu.isa()} (of {', '.join(_cpu.available_isas())})"
 
 
-def _moment_threshold(E: int, dtype: torch.dtype) -> int:
-    """Real tokens from which on a sequence takes the feature path: where forward and backward together cost the same.
+def _moment_threshold(E: int, dtype: torch.dtype, forward_alone: bool = False) -> int:
+    """Real tokens from which on a sequence takes the feature path: where forward and backward together cost the same,
+    or forward alone where nothing is saved.
 
     It does not depend on the precision, so that a backward pass finds the moments that its forward pass saved even
     where the setting changed in between.
     """
-    return max(1, math.ceil((2.6 if dtype == torch.bfloat16 else 1.8) * E))
+    of_both = 2.6 if dtype == torch.bfloat16 else 1.8
+    return max(1, math.ceil(of_both * (1.25 if forward_alone else 1.0) * E))
 
 
 def moment_slots(shape: torch.Size, packed: bool, dtype: torch.dtype, precision: str) -> int:
@@ -94,14 +96,16 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> "_cpu.Hidden":
+def _hidden(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *, forward_alone: bool = False
+) -> "_cpu.Hidden":
     samples = h if h.dim() == 3 else h.unsqueeze(0)  # (B, T, E)
     return _cpu.Hidden(
         h=samples.data_ptr(),
         dtype=_DTYPES[h.dtype],
         shape=samples.shape,
         strides=samples.stride()[:2],
-        threshold=_moment_threshold(h.shape[-1], h.dtype),
+        threshold=_moment_threshold(h.shape[-1], h.dtype, forward_alone),
         **_layout(mask, cu_seqlens),
         **_options(),
     )
@@ -118,7 +122,8 @@ def row_energy(
     energy = torch.empty(h.shape[:-1], dtype=torch.float32)  # (B, T) or (N,)
     squared_norm = torch.empty_like(energy)
     moments = torch.empty(slots, E, E, dtype=torch.float32)
-    _cpu.row_energy(_hidden(h, mask, cu_seqlens), energy.data_ptr(), squared_norm.data_ptr(), moments.data_ptr(), slots)
+    hidden = _hidden(h, mask, cu_seqlens, forward_alone=not save_moments)
+    _cpu.row_energy(hidden, energy.data_ptr(), squared_norm.data_ptr(), moments.data_ptr(), slots)
     return energy, squared_norm, moments
 
 
