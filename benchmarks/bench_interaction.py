@@ -15,7 +15,8 @@ HEADS, WIDTH = 8, 64
 # Flat attention is no case to time: on it the plain formula in float32 is wrong.
 SHARPNESS = {"fresh": 8.0, "trained": 2.0}
 # Cost is linear in heads: fewer of them keep the long cases short.
-LONG = [(128, HEADS), (256, HEADS), (512, HEADS), (1024, HEADS), (2048, 2), (4096, 1)]
+ONE_THREAD = [(1, 128, HEADS), (1, 256, HEADS), (1, 512, HEADS), (1, 1024, HEADS), (1, 2048, 2), (1, 4096, 1)]
+CASES = [*ONE_THREAD, (2, 128, HEADS), (2, 256, HEADS), (2, 512, HEADS), (2, 1024, HEADS)]
 
 
 def query_key(samples: int, heads: int, length: int, sharpness: float) -> tuple[Tensor, Tensor]:
@@ -29,8 +30,8 @@ def weights(samples: int, heads: int, length: int, sharpness: float) -> Tensor:
     return (q @ k.mT / WIDTH**0.5).softmax(-1)
 
 
-@pytest.mark.parametrize(("length", "heads"), LONG)
-def bench_from_attention(benchmark, length: int, heads: int, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "length", "heads"), CASES, indirect=["threads"])
+def bench_from_attention(benchmark, length: int, heads: int) -> None:
     benchmark.group = "interaction from stored attention, one sample"
     benchmark.extra_info |= {"case": f"T={length}, {heads} heads", "length": length, "heads": heads}
     inputs = [weights(1, heads, length, SHARPNESS["trained"])]
@@ -38,8 +39,8 @@ def bench_from_attention(benchmark, length: int, heads: int, threads: int) -> No
     compare(benchmark, all_providers(sf.interaction_loss, formulas.interaction, inputs), floor)
 
 
-@pytest.mark.parametrize(("length", "heads"), LONG)
-def bench_from_qk(benchmark, length: int, heads: int, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "length", "heads"), CASES, indirect=["threads"])
+def bench_from_qk(benchmark, length: int, heads: int) -> None:
     benchmark.group = f"interaction from q and k of width {WIDTH}, one sample"
     benchmark.extra_info |= {"case": f"T={length}, {heads} heads", "length": length, "heads": heads}
     inputs = query_key(1, heads, length, SHARPNESS["trained"])
@@ -49,10 +50,19 @@ def bench_from_qk(benchmark, length: int, heads: int, threads: int) -> None:
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)
 @pytest.mark.parametrize("length", [128, 256])
-def bench_batch_of_32(benchmark, length: int, sharpness: str, threads: int) -> None:
+def bench_batch_of_32(benchmark, length: int, sharpness: str) -> None:
     """The paper's own shapes, with attention as a fresh and as a trained model has it."""
     benchmark.group = f"interaction from q and k of width 32, 32 samples of {HEADS} heads"
     benchmark.extra_info |= {"case": f"T={length}, {sharpness}"}
     inputs = [x[..., :32] for x in query_key(32, HEADS, length, SHARPNESS[sharpness])]
     floor = 32 * formulas.interaction_floor(length, HEADS, 32)
+    compare(benchmark, all_providers(sf.interaction_loss_from_qk, formulas.interaction_from_qk, inputs), floor)
+
+
+def bench_flat_attention(benchmark) -> None:
+    """Queries and keys as at initialisation: weights near 1/T, where the plain formula in float32 cancels."""
+    benchmark.group = "interaction from q and k of width 64, flat attention"
+    benchmark.extra_info |= {"case": "T=1024, 2 heads"}
+    inputs = query_key(1, 2, 1024, 0.1)
+    floor = formulas.interaction_floor(1024, 2, WIDTH)
     compare(benchmark, all_providers(sf.interaction_loss_from_qk, formulas.interaction_from_qk, inputs), floor)

@@ -28,7 +28,7 @@ def padded(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return mask, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
 
 
-def bench_importance_loss(benchmark, threads: int) -> None:
+def bench_importance_loss(benchmark) -> None:
     lengths = imdb_lengths()
     mask, cu_seqlens = padded(lengths)
     benchmark.group = f"importance loss, {SAMPLES} samples with IMDB's lengths"
@@ -52,7 +52,7 @@ def bench_importance_loss(benchmark, threads: int) -> None:
     compare(benchmark, providers, sum(formulas.row_energy_floor(n, WIDTH) for n in lengths.tolist()))
 
 
-def bench_interaction(benchmark, threads: int) -> None:
+def bench_interaction(benchmark) -> None:
     lengths = imdb_lengths()[:8].clamp(max=512)
     mask, cu_seqlens = padded(lengths)
     benchmark.group = f"interaction from q and k, 8 samples of {HEADS} heads with IMDB's lengths, cut at 512"
@@ -82,7 +82,7 @@ def bench_interaction(benchmark, threads: int) -> None:
 
 
 @pytest.mark.parametrize("length", [128, 512, 1024])
-def bench_odd_shapes(benchmark, length: int, threads: int) -> None:
+def bench_odd_shapes(benchmark, length: int) -> None:
     """The aligned case beside lengths and widths that are no multiples of a tile, each for about 8,192 real tokens."""
     benchmark.group = "importance loss, odd shapes"
     benchmark.extra_info |= {"case": f"T={length}"}

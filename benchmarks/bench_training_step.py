@@ -66,7 +66,7 @@ class Training:
 
 
 @pytest.mark.parametrize("length", [512, 1024])
-def bench_training_step(benchmark, length: int, threads: int) -> None:
+def bench_training_step(benchmark, length: int) -> None:
     benchmark.group = f"training step of the paper's model, {SAMPLES} samples"
     benchmark.extra_info |= {"case": f"T={length}", "length": length}
     training = Training(length)

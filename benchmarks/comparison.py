@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
 WRONG = 5e-2
-SECONDS_A_CASE = 4.0
+SECONDS_A_CASE = 3.0
 ROUNDS = 3, 25  # at least, at most
 
 Loss = Callable[..., Tensor]

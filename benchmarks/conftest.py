@@ -20,13 +20,15 @@ def _usable_cpus() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-@pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads}-threads")
+@pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest):
-    if request.param > len(_usable_cpus()):
-        pytest.skip(f"needs {request.param} processors")
+    """One, unless a benchmark is parametrised otherwise."""
+    count = getattr(request, "param", 1)
+    if count > len(_usable_cpus()):
+        pytest.skip(f"needs {count} processors")
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(count)
+    yield count
     torch.set_num_threads(before)
 
 

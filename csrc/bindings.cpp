@@ -9,6 +9,7 @@
 #include "gemm.hpp"
 #include "interaction.hpp"
 #include "row_energy.hpp"
+#include "work.hpp"
 
 namespace py = pybind11;
 
@@ -154,6 +155,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("available_isas", &available_isas, "The levels that this machine can run, best first.");
   m.def("matmul", &matmul, py::arg("precision"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("repeats") = 1, py::arg("bfloat16") = false);
+  m.def("work", [] { return std::make_pair(work.multiply_adds.load(), work.packed_bytes.load()); },
+        "Multiply-adds of all products so far, and bytes of operands packed for them.");
   m.def("set_home_process", &set_home_process, py::arg("pid"));
   bind_row_energy(m);
   bind_interaction(m);

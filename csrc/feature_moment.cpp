@@ -16,7 +16,8 @@ void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
   const int64_t strip = round_up(t.width >= 1024 ? 256 : 64, p.nr), strips = divide_up(t.width, strip);
-  const int64_t left_strip = round_up(64, p.mr), left_strips = divide_up(t.width, left_strip);
+  const bool own = !alpha && p.own_tiles.whole;  // both operands are the same panels
+  const int64_t left_strip = round_up(64, p.mr), left_strips = own ? 0 : divide_up(t.width, left_strip);
   const int64_t budget = t.crew.shared() ? 1 << 20 : 1 << 18;  // bytes of an operand; waking a crew has its price
   const int64_t affordable = budget / (t.width * std::max(p.left_bytes, p.right_bytes)) / p.depth * p.depth;
   const int64_t chunk = std::max<int64_t>(p.depth, affordable);
@@ -37,8 +38,10 @@ void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
       });
       weighted = {scaled, Dtype::float32, scaled_stride, 1, nullptr, nullptr};
     }
-    const Operand left(p, Side::left, workspace, t.width, ts.size());
     const Operand right(p, Side::right, workspace, t.width, ts.size());
+    std::optional<Operand> packed;
+    if (!own) packed.emplace(p, Side::left, workspace, t.width, ts.size());
+    const Operand& left = own ? right : *packed;
     t.crew.each(left_strips + strips, [&](int64_t index) {
       if (index < left_strips) {
         const Range rows = block(index, left_strip, t.width);

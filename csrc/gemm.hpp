@@ -7,6 +7,7 @@
 
 #include "kernels.hpp"
 #include "threads.hpp"
+#include "work.hpp"
 
 namespace safr {
 
@@ -60,14 +61,17 @@ class Operand {
   // Packs `matrix` from its line `line` on into the lines `to` (which begin at a panel), for k in `ks` (which begins at
   // a multiple of the depth); k counts from `k_origin` in the matrix.
   void pack(const View& matrix, int64_t line, Range to, Range ks, int64_t k_origin = 0) const {
+    int64_t elements = 0;
     for (int64_t k0 = ks.begin; k0 < ks.end; k0 += depth) {
       const int64_t count = std::min(depth, ks.end - k0);
+      elements += round_up(to.size(), width()) * padded(k0);
       void* out = data_ + offset(k0, to.begin / width());
       if (side_ == Side::left)
         product.pack_left(matrix, line, to.size(), k_origin + k0, count, out);
       else
         product.pack_right(matrix, k_origin + k0, count, line, to.size(), out);
     }
+    work.packed_bytes.fetch_add(elements * bytes(), std::memory_order_relaxed);
   }
 
   // All of it, from the matrix's first line and k.
@@ -155,6 +159,7 @@ inline void multiply(const Operand& left, Range rows, const Operand& right, Rang
                      int64_t stride, bool accumulate = false, int64_t below = kWhole) {
   const Product& p = left.product;
   const Tiles& tiles = left.side() == Side::left ? p.tiles : p.own_tiles;
+  int64_t multiply_adds = 0;
   for (int64_t k0 = ks.begin; k0 < ks.end; k0 += left.depth) {
     const bool add = accumulate || k0 > ks.begin;
     // A left panel stays in the first-level cache while the right ones pass by.
@@ -165,9 +170,11 @@ inline void multiply(const Operand& left, Range rows, const Operand& right, Rang
         const bool half = tiles.right_half && i + below >= j + p.nr / 2;
         const Tile tile = half ? tiles.right_half : tiles.whole;
         tile(left.padded(k0), left.at(k0, i), right.at(k0, j), out, stride, add);
+        multiply_adds += p.mr * (half ? p.nr / 2 : p.nr) * left.padded(k0);
       }
     }
   }
+  work.multiply_adds.fetch_add(multiply_adds, std::memory_order_relaxed);
 }
 
 }  // namespace safr

@@ -26,6 +26,9 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 // The OpenMP runtime that the process has already, which is torch's own: two runtimes would fight over the cores.
 GompParallel find_gomp_parallel() {
+#if defined(__SANITIZE_THREAD__)
+  return nullptr;  // its barriers are unknown to the sanitizer
+#endif
   void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
 #if defined(__linux__)
   if (!symbol) {

@@ -1,0 +1,148 @@
+"""What the C++ back end computes, packs and holds, counted rather than timed, beside the floor of the algorithm chosen."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import backend_names, forced, normal
+from torch import Tensor
+
+import safr_fast as sf
+
+LEVELS = [name for name in backend_names() if name.startswith("cpp")]
+E, D, HEADS = 256, 64, 2
+MIB = 2**20
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the C++ extension is not built")
+every_level = pytest.mark.parametrize("level", LEVELS)
+
+
+def work(call: Callable[[], object]) -> tuple[int, int]:
+    """Multiply-adds, and bytes of packed operands."""
+    from safr_fast import _cpu
+
+    before = _cpu.work()
+    call()
+    return tuple(after - then for after, then in zip(_cpu.work(), before, strict=True))
+
+
+def row_energy_work(h: Tensor, **layout: Tensor) -> tuple[int, int]:
+    """Multiply-adds of a forward pass alone, and of a backward pass."""
+    with torch.no_grad():
+        forward, _ = work(lambda: sf.row_energy(h, impl="cpp", **layout))
+    leaf = h.requires_grad_()
+    energy, squared_norm = sf.row_energy(leaf, impl="cpp", **layout)
+    backward, _ = work(lambda: torch.autograd.grad((energy + squared_norm).sum(), leaf))
+    return forward, backward
+
+
+@every_level
+@pytest.mark.parametrize(("T", "spare"), [(128, 1.2), (256, 1.12), (448, 1.12)])
+def test_the_token_path_makes_half_of_the_gram_matrix(level: str, T: int, spare: float) -> None:
+    with forced(level):
+        forward, backward = row_energy_work(normal(1, T, E))
+    assert T * T * E / 2 <= forward <= spare * T * T * E / 2
+    assert 3 * T * T * E / 2 <= backward <= spare * 3 * T * T * E / 2
+
+
+@every_level
+def test_the_feature_path_is_linear_in_tokens(level: str) -> None:
+    with forced(level):
+        for T in (1024, 4096):
+            forward, backward = row_energy_work(normal(1, T, E))
+            assert T * E * E <= forward <= 1.4 * T * E * E  # half of S, half of h S h, both in strips of 64
+            assert 5 * T * E * E / 2 <= backward <= 1.1 * 5 * T * E * E / 2  # half of S_α, S h, S_α h
+
+
+@every_level
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_the_interaction_costs_half_a_gram_matrix_and_one_product(level: str, is_causal: bool) -> None:
+    T = 1024
+    q, k = (normal(1, HEADS, T, D, seed=seed).requires_grad_() for seed in (0, 1))
+
+    def call() -> Tensor:
+        return sf.interaction_loss_from_qk(q, k, is_causal=is_causal, impl="cpp")
+
+    # Where keys are hidden: T³/6 for the Gram matrix, T³/3 for M A, in steps of a block.
+    gram, product = (T**3 / 6, T**3 / 3) if is_causal else (T**3 / 2, T**3)
+    with forced(level):
+        both, _ = work(call)
+        with torch.no_grad():
+            forward, _ = work(call)
+    spare = 1.6 if is_causal else 1.1
+    assert HEADS * gram <= forward <= spare * HEADS * (gram + T * T * D)
+    assert HEADS * (gram + product) <= both <= spare * HEADS * (gram + product + 3 * T * T * D)
+
+
+@every_level
+def test_padding_costs_nothing(level: str) -> None:
+    lengths = torch.tensor([200, 37, 5, 0])
+    mask = torch.arange(300) < lengths[:, None]
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    h, qk = normal(4, 300, 64), [normal(4, HEADS, 300, D, seed=seed) for seed in (0, 1)]
+    with forced(level):
+        assert row_energy_work(h.clone(), mask=mask) == row_energy_work(h[mask], cu_seqlens=offsets)
+        padded, _ = work(lambda: sf.interaction_loss_from_qk(*qk, mask, impl="cpp"))
+        packed, _ = work(
+            lambda: sf.interaction_loss_from_qk(
+                *(x.transpose(1, 2)[mask] for x in qk), cu_seqlens=offsets, impl="cpp"
+            )
+        )
+    assert padded == packed > 0
+
+
+@every_level
+def test_a_forward_pass_packs_tokens_twice_at_most(level: str) -> None:
+    h = normal(1, 256, E)
+    with forced(level), torch.no_grad():
+        _, packed = work(lambda: sf.row_energy(h, impl="cpp"))
+    parts = 3 if level.endswith("amx") else 2  # bfloat16 splits take 6 bytes
+    assert packed <= 1.1 * parts * h.nbytes
+
+
+PROBE = """
+import json, torch, safr_fast as sf
+from pathlib import Path
+
+torch.set_num_threads(2)
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(field))
+
+def step(T):
+    leaves = {leaves}
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = status("VmRSS")
+    with torch.set_grad_enabled({gradient}):
+        value = {value}
+        if {gradient}:
+            torch.autograd.grad(value, leaves)
+    return status("VmHWM") - before
+
+step(256)  # libraries loaded, threads started
+print(json.dumps(step(8192)))
+"""
+
+
+def peak(leaves: str, value: str, gradient: bool) -> int:
+    """Bytes that a call on 8,192 tokens takes beyond its inputs."""
+    code = PROBE.format(leaves=leaves, value=value, gradient=gradient)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("layout", ["", ", torch.ones(1, T, dtype=torch.bool)"], ids=["plain", "masked"])
+def test_row_energy_of_8192_tokens_holds_nothing_of_their_square(layout: str) -> None:
+    leaves = f"[torch.randn(1, T, {E}).requires_grad_()]"
+    taken = peak(leaves, f"sum(x.sum() for x in sf.row_energy(*leaves{layout}))", gradient=True)
+    assert taken <= 8192 * E * 4 + 16 * MIB  # its gradient; the square would be 256 MiB
+
+
+def test_interaction_of_8192_tokens_holds_one_head_a_thread() -> None:
+    leaves = "[torch.randn(1, 8, T, 16).requires_grad_() for _ in range(2)]"
+    taken = peak(leaves, "sf.interaction_loss_from_qk(*leaves, is_causal=True)", gradient=False)
+    assert taken <= 2 * 6 * 8192**2  # all 8 heads would be 2,048 MiB
