@@ -84,6 +84,24 @@ def matmul_gflops(threads: int, side: int = 1024) -> float:
     return 2 * side**3 / statistics.median(times) / 1e9
 
 
+@cache
+def tile_gflops(side: int = 512, repeats: int = 8) -> float | None:
+    """What the package's own register tiles of float32 reach on one thread, operands packed; None without them."""
+    try:
+        from safr_fast import _cpu
+    except ImportError:
+        return None
+    a, b, c = (torch.randn(side, side) for _ in range(3))
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        _cpu.matmul(0, a.data_ptr(), b.data_ptr(), c.data_ptr(), side, side, side, count)
+        return time.perf_counter() - start
+
+    times = [seconds(1 + repeats) - seconds(1) for _ in range(15)]
+    return 2 * side**3 * repeats / statistics.median(times) / 1e9
+
+
 def compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: float | None = None) -> None:
     """Times the first provider, and every other between its rounds.
 
@@ -132,6 +150,7 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
         "threads": torch.get_num_threads(),
         "floor_gflop": None if floor is None else floor / 1e9,
         "matmul_gflops": peak,
+        "tile_gflops": tile_gflops(),
         "providers": {name: asdict(result) for name, result in measured.items()},
     }
 

@@ -44,4 +44,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{name} {'wrong' if p['ms'] is None else format(p['ms'], '.3g') + ' ms'} ({p['error']:.0e})"
             for name, p in bench.extra_info["providers"].items()
         )
-        terminalreporter.write_line(f"{bench.group} | {bench.extra_info['case']} | {times}")
+        shares = ", ".join(
+            f"{name} {share:.0%}" for name, share in bench.extra_info.get("regularisers_share", {}).items()
+        )
+        of_step = f" | regularisers' share of the step: {shares}" if shares else ""
+        terminalreporter.write_line(f"{bench.group} | {bench.extra_info['case']} | {times}{of_step}")

@@ -1,4 +1,4 @@
-"""What the C++ back end computes, packs and holds, counted rather than timed, beside the floor of the algorithm chosen."""
+"""What the C++ back end computes, packs and holds, counted rather than timed, beside the chosen algorithm's floor."""
 
 import json
 import subprocess

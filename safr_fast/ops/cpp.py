@@ -4,6 +4,7 @@ Checks live in the public layer; here tensors become addresses, sizes and stride
 extension serves every version of torch because it knows none.
 """
 
+import functools
 import math
 
 import torch
@@ -54,6 +55,7 @@ def description() -> str:
     return f"C++ kernels at level {_cpu.isa()} (of {', '.join(_cpu.available_isas())})"
 
 
+@functools.cache
 def _moment_threshold(E: int, dtype: torch.dtype, forward_alone: bool = False) -> int:
     """Real tokens from which on a sequence takes the feature path: where forward and backward together cost the same,
     or forward alone where nothing is saved.
