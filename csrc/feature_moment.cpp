@@ -7,7 +7,7 @@
 namespace safr {
 namespace {
 
-constexpr int64_t kShallow = 64;  // depth of the triangular product: what lies below it is left out
+constexpr int64_t kWide = 1024;
 constexpr double kMostFlagged = 0.03;
 
 // S = Σ_i α_i h_i h_iᵀ (α = 1 where null): the upper triangle, by tiles. Rows are `stride` apart.
@@ -15,7 +15,7 @@ void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
-  const int64_t strip = round_up(t.width >= 1024 ? 256 : 64, p.nr), strips = divide_up(t.width, strip);
+  const int64_t strip = round_up(t.width >= kWide ? 256 : 64, p.nr), strips = divide_up(t.width, strip);
   const bool own = !alpha && p.own_tiles.whole;  // both operands are the same panels
   const int64_t left_strip = round_up(64, p.mr), left_strips = own ? 0 : divide_up(t.width, left_strip);
   const int64_t budget = t.crew.shared() ? 1 << 20 : 1 << 18;  // bytes of an operand; waking a crew has its price
@@ -96,12 +96,16 @@ void quadratic_form(const Tokens& t, float* s, int64_t stride, const float* squa
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
-  const int64_t strip = round_up(kShallow, p.nr), strips = divide_up(t.width, strip);
-  const auto above = [&](Range cols) { return Range{0, std::min(round_up(cols.end, kShallow), t.width)}; };
+  // Below the last column of a strip S' is zero. Wide rows do not stay in the cache from strip to strip: few strips.
+  const bool wide = t.width >= kWide;
+  const int64_t strip = wide ? round_up(256, p.nr) : p.nr, strips = divide_up(t.width, strip);
+  const auto above = [&](Range cols) {
+    return Range{0, std::min(round_up(cols.end, wide ? p.depth : p.k_unit), t.width)};
+  };
 
   std::vector<Operand> parts;
   const auto add_part = [&](const float* matrix) {
-    parts.emplace_back(p, Side::right, workspace, t.width, t.width, kShallow);
+    parts.emplace_back(p, Side::right, workspace, t.width, t.width);
     t.crew.each(strips, [&](int64_t index) {
       const Range cols = block(index, strip, t.width);
       parts.back().pack({matrix, Dtype::float32, stride, 1, nullptr, nullptr}, cols.begin, cols, above(cols));
@@ -124,7 +128,7 @@ void quadratic_form(const Tokens& t, float* s, int64_t stride, const float* squa
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);
     const Range is = block(index, rows_at_once, t.count);
-    const Operand left(p, Side::left, own, is.size(), t.width, kShallow);
+    const Operand left(p, Side::left, own, is.size(), t.width);
     left.pack(t.h, is.begin, is.size());
     float* product = own.take<float>(buffer_size(p, is.size(), t.width));
     float* buffer = own.take<float>(t.width);

@@ -48,23 +48,24 @@ inline Range block(int64_t index, int64_t side, int64_t total) {
 enum class Side { left, right };
 
 // One operand of a product, packed. Its lines are the rows of a left operand, the columns of a right one. For each
-// `depth` of k (the product's own unless told) its panels lie one behind the other.
+// `depth` of k its panels lie one behind the other.
 class Operand {
  public:
-  Operand(const Product& product, Side side, Workspace& workspace, int64_t lines, int64_t k, int64_t depth = 0)
-      : product(product), k(k), depth(depth ? depth : product.depth), side_(side), panels_(divide_up(lines, width())) {
+  Operand(const Product& product, Side side, Workspace& workspace, int64_t lines, int64_t k)
+      : product(product), k(k), depth(product.depth), side_(side), panels_(divide_up(lines, width())) {
     data_ = workspace.take<char>(panels_ * width() * round_up(k, product.k_unit) * bytes());
   }
 
   int64_t width() const { return side_ == Side::left ? product.mr : product.nr; }
 
   // Packs `matrix` from its line `line` on into the lines `to` (which begin at a panel), for k in `ks` (which begins at
-  // a multiple of the depth); k counts from `k_origin` in the matrix.
+  // a multiple of the depth, and unless `to` is one panel ends at one too, or at k); k counts from `k_origin` in the
+  // matrix.
   void pack(const View& matrix, int64_t line, Range to, Range ks, int64_t k_origin = 0) const {
     int64_t elements = 0;
     for (int64_t k0 = ks.begin; k0 < ks.end; k0 += depth) {
       const int64_t count = std::min(depth, ks.end - k0);
-      elements += round_up(to.size(), width()) * padded(k0);
+      elements += round_up(to.size(), width()) * round_up(count, product.k_unit);
       void* out = data_ + offset(k0, to.begin / width());
       if (side_ == Side::left)
         product.pack_left(matrix, line, to.size(), k_origin + k0, count, out);
@@ -161,6 +162,7 @@ inline void multiply(const Operand& left, Range rows, const Operand& right, Rang
   const Tiles& tiles = left.side() == Side::left ? p.tiles : p.own_tiles;
   int64_t multiply_adds = 0;
   for (int64_t k0 = ks.begin; k0 < ks.end; k0 += left.depth) {
+    const int64_t k = std::min(left.padded(k0), round_up(ks.end - k0, p.k_unit));
     const bool add = accumulate || k0 > ks.begin;
     // A left panel stays in the first-level cache while the right ones pass by.
     for (int64_t i = rows.begin; i < rows.end; i += p.mr) {
@@ -169,8 +171,8 @@ inline void multiply(const Operand& left, Range rows, const Operand& right, Rang
         float* out = c + (i - rows.begin) * stride + j - cols.begin;
         const bool half = tiles.right_half && i + below >= j + p.nr / 2;
         const Tile tile = half ? tiles.right_half : tiles.whole;
-        tile(left.padded(k0), left.at(k0, i), right.at(k0, j), out, stride, add);
-        multiply_adds += p.mr * (half ? p.nr / 2 : p.nr) * left.padded(k0);
+        tile(k, left.at(k0, i), right.at(k0, j), out, stride, add);
+        multiply_adds += p.mr * (half ? p.nr / 2 : p.nr) * k;
       }
     }
   }
