@@ -1,0 +1,59 @@
+"""What does a machine without the best instructions get? Each level that this one has, forced, beside eager."""
+
+import os
+
+import formulas
+import pytest
+from bench_interaction import query_key
+from bench_row_energy import hidden
+from comparison import Loss, Provider, compare, exact_gradients, gradients
+from torch import Tensor
+
+import safr_fast as sf
+
+VARIABLE = "SAFR_FAST_CPU_ISA"
+
+
+def levels() -> list[str]:
+    try:
+        from safr_fast import _cpu
+    except ImportError:
+        return []
+    return _cpu.available_isas()
+
+
+def at_level(level: str, loss: Loss, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Provider:
+    def step() -> tuple[Tensor, ...]:
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = level
+        try:
+            return gradients(loss, inputs)
+        finally:
+            if before is None:
+                del os.environ[VARIABLE]
+            else:
+                os.environ[VARIABLE] = before
+
+    return Provider(level, step, expected)
+
+
+CASES = {
+    "importance loss, 64 samples of 128": lambda: (sf.importance_loss, formulas.importance, (hidden(64, 128),)),
+    "importance loss, 16 samples of 512": lambda: (sf.importance_loss, formulas.importance, (hidden(16, 512),)),
+    "interaction from q and k, 8 heads of 256": lambda: (
+        sf.interaction_loss_from_qk,
+        formulas.interaction_from_qk,
+        query_key(1, 8, 256, 2.0),
+    ),
+}
+
+
+@pytest.mark.skipif(not levels(), reason="the C++ extension is not built")
+@pytest.mark.parametrize("case", CASES)
+def bench_levels(benchmark, case: str) -> None:
+    benchmark.group = "levels of instructions, float32"
+    benchmark.extra_info |= {"case": case}
+    loss, plain, inputs = CASES[case]()
+    expected = exact_gradients(plain, inputs)
+    eager = Provider("eager", lambda: gradients(plain, inputs), expected)
+    compare(benchmark, [*(at_level(level, loss, inputs, expected) for level in levels()), eager])
