@@ -13,15 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from targets import OVER_PLAIN, Target, targets
+from targets import FROM_QK, OVER_PLAIN, ROW_ENERGY, Target, targets
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "BENCHMARKS.md"
 # Groups whose cases differ in length alone.
-PLOTTED = {
-    "row energy": "row energy, 8,192 tokens",
-    "interaction": "interaction from q and k of width 64",
-}
+PLOTTED = {"row energy": ROW_ENERGY, "interaction": FROM_QK}
 
 Bench = dict[str, Any]
 Run = dict[str, Any]
@@ -153,11 +150,11 @@ def _plot_name(name: str, title: str) -> str:
     return f"{name}-{title.replace(' ', '-')}.svg"
 
 
-def plot(name: str, run: Run, title: str, group_start: str, threads: int = 1) -> None:
+def plot(name: str, run: Run, title: str, group: str, threads: int = 1) -> None:
     """Time and memory against length, both axes logarithmic, every provider a line."""
     from matplotlib import pyplot
 
-    cases = [c for c in run["cases"] if c["group"].startswith(group_start) and c["threads"] == threads]
+    cases = [c for c in run["cases"] if c["group"] == group and c["threads"] == threads]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, key, label in (
         (axes[0], "ms", "time, ms a head or 8,192 tokens"),
@@ -194,8 +191,8 @@ def main() -> None:
         (RESULTS / f"{name_of(run)}.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     runs = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
     for name, run in runs:
-        for title, group_start in PLOTTED.items():
-            plot(name, run, title, group_start)
+        for title, group in PLOTTED.items():
+            plot(name, run, title, group)
     PAGE.write_text(page(runs), encoding="utf-8")
     print(f"{PAGE}: {len(runs)} runs")
 
