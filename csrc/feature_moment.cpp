@@ -271,7 +271,7 @@ void feature_gradient(const Tokens& t, const float* s, const float* energy, cons
       const int64_t row = (i - is.begin) * stride;
       const float own_weight = float(beta[i] - 2.0 * alpha[i] * squared_norm[i]);
       t.pass.combine(alpha[i], plain + row, total + row, own_weight, t.row(i, buffer), t.width, total + row);
-      gradient.store(i, total + row, 0, t.width);
+      gradient.store(i, total + row, 0, t.width, 2.0f);
     }
   });
   if (n > 0) token_gradient_of(t, some, chosen, alpha, beta, gradient);

@@ -28,13 +28,15 @@ void half_row(const ColumnBlocks& right, Range is, int64_t count, int64_t side, 
   });
 }
 
-// Gradient by M H with M_ij = (α_i + α_j) G_ij, M_ii = β_i, which is stored whole: half of G is made, and mirrored.
+// Gradient by M H with M_ij = 2 (α_i + α_j) G_ij, M_ii = 2 β_i, which is stored whole: half of G is made, and mirrored.
 void stored_gradient(const Tokens& t, const float* alpha, const float* beta, const Gradient& gradient) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
   const int64_t side = t.side(), blocks = divide_up(t.count, side), stride = row_stride(p, t.count);
   float* weights = workspace.take<float>(t.count * stride);
+  float* twice_alpha = workspace.take<float>(t.count);
+  for (int64_t i = 0; i < t.count; ++i) twice_alpha[i] = 2 * alpha[i];
   {
     const Workspace::Mark gram_mark(workspace);
     const ColumnBlocks right = gram_columns(t, workspace);
@@ -45,11 +47,11 @@ void stored_gradient(const Tokens& t, const float* alpha, const float* beta, con
       float* gram = own.take<float>(buffer_size(p, side, side));
       const int64_t gram_stride = row_stride(p, side);
       half_row(right, is, t.count, side, t.width, gram, gram_stride, [&](Range js) {
-        t.pass.weigh(gram, gram_stride, is.size(), js.size(), is.begin == js.begin, alpha + is.begin,
-                     alpha + js.begin, weights + is.begin * stride + js.begin, weights + js.begin * stride + is.begin,
+        t.pass.weigh(gram, gram_stride, is.size(), js.size(), is.begin == js.begin, twice_alpha + is.begin,
+                     twice_alpha + js.begin, weights + is.begin * stride + js.begin, weights + js.begin * stride + is.begin,
                      stride);
       });
-      for (int64_t i = is.begin; i < is.end; ++i) weights[i * stride + i] = beta[i];
+      for (int64_t i = is.begin; i < is.end; ++i) weights[i * stride + i] = 2 * beta[i];
     });
   }
 
@@ -59,6 +61,7 @@ void stored_gradient(const Tokens& t, const float* alpha, const float* beta, con
     const Range is = block(index, side, t.count);
     left.pack(matrix, is.begin, is, {0, t.count});
   });
+  const bool in_place = gradient.row(0) && t.width % p.nr == 0;
   t.crew.each(divide_up(t.width, side), [&](int64_t index) {
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);
@@ -68,10 +71,15 @@ void stored_gradient(const Tokens& t, const float* alpha, const float* beta, con
     float* product = own.take<float>(buffer_size(p, side, side));
     const int64_t product_stride = row_stride(p, side);
     for (int64_t i0 = 0; i0 < t.count; i0 += side) {
-      const Range is = {i0, std::min(i0 + side, t.count)};
+      Range is = {i0, std::min(i0 + side, t.count)};
+      if (in_place) {  // whole tiles; the rows left over go the other way
+        const Range whole = {is.begin, is.begin + is.size() / p.mr * p.mr};
+        multiply(left, whole, right, {0, cols.size()}, {0, t.count}, gradient.row(is.begin) + cols.begin, t.width);
+        is.begin = whole.end;
+      }
       multiply(left, is, right, {0, cols.size()}, {0, t.count}, product, product_stride);
       for (int64_t i = is.begin; i < is.end; ++i)
-        gradient.store(i, product + (i - is.begin) * product_stride, cols.begin, cols.size());
+        gradient.store(i, product + (i - is.begin) * product_stride, cols.begin, cols.size(), 1.0f);
     }
   });
 }
@@ -113,7 +121,7 @@ void streamed_gradient(const Tokens& t, const float* alpha, const float* beta, c
       multiply(weights, {0, is.size()}, right, {0, t.width}, {0, js.size()}, total, sum_stride, j0 > 0);
     }
     for (int64_t i = is.begin; i < is.end; ++i)
-      gradient.store(token(i), total + (i - is.begin) * sum_stride, 0, t.width);
+      gradient.store(token(i), total + (i - is.begin) * sum_stride, 0, t.width, 2.0f);
   });
 }
 

@@ -48,10 +48,16 @@ struct Gradient {
   int64_t width;
   const Sequence& sequence;
 
-  // Row i = 2 x, or its columns from `column` on.
-  void store(int64_t i, const float* x, int64_t column, int64_t n) const {
+  // Row i = factor · x, or its columns from `column` on.
+  void store(int64_t i, const float* x, int64_t column, int64_t n, float factor) const {
     const int64_t offset = sequence.position(i) * width + column;
-    pass.narrow(x, 2.0f, n, dtype, data + offset * element_size(dtype));
+    pass.narrow(x, factor, n, dtype, data + offset * element_size(dtype));
+  }
+
+  // Where row i lies, if tiles can be stored there: float32, and the rows of the sequence one after the other.
+  float* row(int64_t i) const {
+    if (dtype != Dtype::float32 || sequence.list) return nullptr;
+    return reinterpret_cast<float*>(data) + sequence.position(i) * width;
   }
 };
 

@@ -23,6 +23,7 @@ Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -303,11 +304,9 @@ def _mean_over_pairs(
     total: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, tokens: int, reduction: str
 ) -> Tensor:
     """``total`` ``(B, H)`` over the square of each sample's length, reduced."""
-    if mask is not None:
-        length = mask.sum(-1)
-    elif cu_seqlens is not None:
-        length = cu_seqlens.diff()
+    if mask is None and cu_seqlens is None:
+        loss = total / max(tokens, 1) ** 2
     else:
-        length = torch.full(total.shape[:1], tokens, device=total.device)
-    loss = total / length.clamp(min=1).to(total.dtype).square().unsqueeze(-1)
+        length = cast(Tensor, cu_seqlens).diff() if mask is None else mask.sum(-1)
+        loss = total / length.clamp(min=1).to(total.dtype).square().unsqueeze(-1)
     return _reduce(loss, loss.numel(), reduction)
