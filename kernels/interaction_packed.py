@@ -9,7 +9,7 @@ again from queries, keys and the softmax's row statistics, wherever a tile of it
 import triton
 import triton.language as tl
 
-from .attention_workspace import scores, softmax_step, weights
+from .attention_workspace import scores, softmax_rows, weights
 from .interaction_gradient import exponent_below
 from .interaction_gram import pair_terms
 from .tiles import count_of, first_row, load_rows, matrix_tile, product, tile_of
@@ -56,26 +56,14 @@ def packed_softmax_kernel(
     if IS_CAUSAL:
         j_stop = tl.minimum(stop, i0 + BLOCK)
 
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(0, j_stop, BLOCK):
-        score = scores(
-            q_ptr, k_ptr, i0, j0, i < stop, j0 + tl.arange(0, BLOCK) < stop, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
-        )  # fmt: skip
-        top, total = softmax_step(top, total, score)
-
-    row_sum = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(0, j_stop, BLOCK):
-        score = scores(
-            q_ptr, k_ptr, i0, j0, i < stop, j0 + tl.arange(0, BLOCK) < stop, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
-        )  # fmt: skip
-        row_sum += tl.sum(weights(score, top, total, attention_scale, DTYPE).to(tl.float32), 1)
+    top, total, row_sum = softmax_rows(
+        q_ptr, k_ptr, None, None, row, i0, i < stop, 0, j_stop, stop, D, 0,
+        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+    )  # fmt: skip
     out = head * N + row + i
     tl.store(top_ptr + out, top, mask=i < stop)
     tl.store(total_ptr + out, total, mask=i < stop)
-    tl.store(row_sum_ptr + out, row_sum / attention_scale, mask=i < stop)
+    tl.store(row_sum_ptr + out, row_sum, mask=i < stop)
 
 
 @triton.jit(do_not_specialize=["S", "N", "slots", "strip0"])

@@ -26,6 +26,20 @@ def gram_tile(
     return tl.where(i[:, None] == j[None, :], 0.0, gram)
 
 
+@triton.jit
+def energy_of(
+    h_ptr, mask_ptr, row, begin, stop, i0, keep_i, E, stride_ht,
+    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``Σ_{j≠i} G_ij²`` of the kept rows of a tile, over a sequence."""
+    energy = tl.zeros((BLOCK_T,), tl.float32)
+    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
+        real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
+        gram = gram_tile(h_ptr, i0, j0, keep_i, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
+        energy += tl.sum(gram * gram, 1)
+    return energy
+
+
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
 def row_energy_wide_kernel(
     h_ptr, mask_ptr, span_ptr, cu_ptr, energy_ptr, norm_ptr,
@@ -42,12 +56,9 @@ def row_energy_wide_kernel(
     i = i0 + tl.arange(0, BLOCK_T)
     real_i = real_tokens(i, stop, row, mask_ptr)
 
-    energy = tl.zeros((BLOCK_T,), tl.float32)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
-        gram = gram_tile(h_ptr, i0, j0, real_i, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
-        energy += tl.sum(gram * gram, 1)
-
+    energy = energy_of(
+        h_ptr, mask_ptr, row, begin, stop, i0, real_i, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION
+    )
     norm = tl.zeros((BLOCK_T,), tl.float32)
     for e0 in range(0, E, BLOCK_E):
         h_i = load_rows(h_ptr, i0, stride_ht, real_i, e0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(tl.float32)
