@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
+ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ _CONFIGS = {
     ("wide", 16): Config(64, 64, 64, num_warps=8),
     ("wide", 32): Config(64, 64, 32),
     ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
-    ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
+    ("wide_backward", 32): Config(64, 32, 32, out=64),
     ("moment", 16): Config(64, 0, 64),
     ("moment", 32): Config(16, 0, 64),
     ("quadratic_form", 16): Config(64, 0, 32, num_warps=8),
     ("quadratic_form", 32): Config(64, 0, 32),
     ("moment_backward", 16): Config(64, 0, 64, out=128, num_warps=8),
     ("moment_backward", 32): Config(64, 0, 32, out=64),
-    ("softmax", 16): Config(64, 64, 128),
+    ("softmax", 16): Config(64, 64, 64),
     ("softmax", 32): Config(64, 64, 32, num_warps=8),
     ("interaction", 16): Config(64, 64, 64),
     ("interaction", 32): Config(64, 64, 32, num_warps=8),
@@ -75,11 +76,36 @@ _OVERRIDES = {
         ("packed", 32): Config(64, 64, 64),
     },
 }
+# On any GPU, for rows whose width is no multiple of ALIGNED: an element read alone takes registers for its address, so
+# that the tiles above would spill hundreds of bytes.
+_UNALIGNED = {
+    ("token", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
+    ("token_backward", 16): Config(64, 32, WIDEST_ROW, num_warps=8),
+    ("wide", 16): Config(64, 32, 32, num_warps=8),
+    ("wide", 32): Config(64, 32, 16, num_warps=8),
+    ("wide_backward", 16): Config(64, 32, 32, out=32),
+    ("wide_backward", 32): Config(64, 32, 16, out=32, num_warps=8),
+    ("moment", 16): Config(64, 0, 32, num_warps=8),
+    ("moment", 32): Config(16, 0, 32, num_warps=8),
+    ("quadratic_form", 16): Config(64, 0, 32),
+    ("quadratic_form", 32): Config(64, 0, 16, num_warps=8),
+    ("moment_backward", 16): Config(64, 0, 32, out=32, num_warps=8),
+    ("moment_backward", 32): Config(64, 0, 32, out=32, num_warps=8),
+    ("softmax", 16): Config(64, 64, 32, num_warps=8),
+    ("softmax", 32): Config(64, 64, 16, num_warps=8),
+    ("query_key_gradient", 16): Config(64, 32, 32, num_warps=8),
+    ("query_key_gradient", 32): Config(64, 32, 16, num_warps=8),
+    ("packed", 16): Config(64, 64, 32, num_warps=8),
+}
 
 
 def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
-    found = _OVERRIDES.get(architecture(device), {}).get((kernel, bits)) or _CONFIGS[kernel, bits]
+    kind = architecture(device)
+    table = _CONFIGS | _OVERRIDES.get(kind, {})
+    if width % ALIGNED != 0 and kind != "interpreter":
+        table |= _UNALIGNED
+    found = table[kernel, bits]
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 

@@ -4,19 +4,23 @@ import torch
 import triton
 from torch import Tensor
 
+from .configs import ALIGNED
 from .tiles import span_kernel
 
 TALLEST_TILE = 128
 
 
 def readable(x: Tensor, tokens: int = -2) -> Tensor:
-    """``x`` itself where its rows lie dense and a tile of them is within 32-bit offsets, else a contiguous copy.
+    """``x`` itself where its rows lie dense, begin aligned and are within 32-bit offsets in a tile, else a dense copy.
 
-    ``tokens`` is the dimension that a tile's rows follow each other in.
+    ``tokens`` is the dimension that a tile's rows follow each other in. Rows of a width that is not aligned itself
+    would gain nothing from where they begin.
     """
-    if x.stride(-1) == 1 and x.stride(tokens) * TALLEST_TILE < 2**31:
+    dense = x.stride(-1) == 1 and x.stride(tokens) * TALLEST_TILE < 2**31
+    starts = (x.storage_offset(), *x.stride()[:-1])
+    if dense and (x.shape[-1] % ALIGNED != 0 or all(start % ALIGNED == 0 for start in starts)):
         return x
-    return x.contiguous()
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def spans(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
