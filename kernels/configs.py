@@ -125,8 +125,11 @@ def keeps_rows(bits: int, width: int) -> bool:
 
 
 def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
-    """Tokens from which the feature moment takes fewer operations than the token Gram, and enough to launch it."""
-    return max(2 * E, 256)
+    """Tokens from which the feature moment takes fewer operations than the token Gram, and enough to launch it.
+
+    It takes some ten launches to the Gram's two; of 16-bit products a GPU does 512² in less time than that.
+    """
+    return max(2 * E, 513 if dtype.itemsize == 2 else 256)
 
 
 def moment_slots(shape: torch.Size, packed: bool, dtype: torch.dtype, precision: str) -> int:

@@ -6,7 +6,7 @@ The backward is cut into tiles of features too, and each makes the Gram tiles an
 import triton
 import triton.language as tl
 
-from .tiles import load_rows, product, real_tokens, store_rows, tile_of_rows
+from .tiles import is_written, load_rows, product, real_tokens, store_rows, tile_of_rows
 
 
 @triton.jit
@@ -63,8 +63,8 @@ def row_energy_wide_kernel(
     for e0 in range(0, E, BLOCK_E):
         h_i = load_rows(h_ptr, i0, stride_ht, real_i, e0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(tl.float32)
         norm += tl.sum(h_i * h_i, 1)
-    tl.store(energy_ptr + row + i, energy, mask=real_i)
-    tl.store(norm_ptr + row + i, norm, mask=real_i)
+    tl.store(energy_ptr + row + i, energy, mask=is_written(i, stop, cu_ptr, T))
+    tl.store(norm_ptr + row + i, norm, mask=is_written(i, stop, cu_ptr, T))
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
@@ -98,4 +98,12 @@ def row_energy_wide_backward_kernel(
         grad = product(weight.to(DERIVED), h_j.to(DERIVED), grad, PRECISION)
 
     h_i = load_rows(h_ptr, i0, stride_ht, real_i, out, E, BLOCK_T).to(tl.float32)
-    store_rows(grad_h_ptr, row + i0, real_i, out, E, 2.0 * grad + (2.0 * beta_i)[:, None] * h_i, BLOCK_T)
+    store_rows(
+        grad_h_ptr,
+        row + i0,
+        is_written(i, stop, cu_ptr, T),
+        out,
+        E,
+        2.0 * grad + (2.0 * beta_i)[:, None] * h_i,
+        BLOCK_T,
+    )

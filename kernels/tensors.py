@@ -23,11 +23,15 @@ def readable(x: Tensor, tokens: int = -2) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def spans(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The mask as bytes, and first, one past the last, and number of its real tokens: (B, T), (B, 3)."""
+    mask = as_bytes(mask)
     if mask is None:
         return None, None
-    mask = mask.contiguous().view(torch.uint8)
     span = mask.new_empty(mask.shape[0], 3, dtype=torch.int32)
     block = min(triton.next_power_of_2(max(mask.shape[1], 1)), 1024)
     span_kernel[(mask.shape[0],)](mask, span, mask.shape[1], BLOCK=block)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from safr_fast import arguments, reference
+from safr_fast.ops import dispatch
+from safr_fast.ops import importance as importance_op
 from safr_fast.ops import interaction as interaction_op
 from safr_fast.ops import row_energy as row_energy_op
 from safr_fast.ops.dispatch import Impl
@@ -201,6 +203,10 @@ def importance_loss(
     arguments.check_reduction(reduction)
     arguments.check_number("eps", eps, least=0)
     energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, impl=impl)
+    if reduction != "none" and dispatch.resolve(impl, h.device.type, h.dtype) == "triton":
+        return importance_op.importance(
+            energy, squared_norm, mask, cu_seqlens, eps, h.shape[-1], reduction == "mean", "triton"
+        )
     alive = (energy != 0) & (squared_norm != 0)  # NaN stays
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.
