@@ -39,6 +39,8 @@ _CONFIGS = {
     ("wide", 32): Config(64, 64, 32),
     ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
     ("wide_backward", 32): Config(64, 32, 32, out=64),
+    ("repair_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
+    ("repair_backward", 32): Config(64, 32, 32, out=64),
     ("moment", 16): Config(64, 0, 64),
     ("moment", 32): Config(16, 0, 64),
     ("quadratic_form", 16): Config(64, 0, 32, num_warps=8),
@@ -51,14 +53,29 @@ _CONFIGS = {
     ("interaction", 32): Config(64, 64, 32, num_warps=8),
     ("query_key_gradient", 16): Config(64, 64, 128),
     ("query_key_gradient", 32): Config(64, 32, 32),
+    ("interaction_block", 16): Config(64, 64, 64),
+    ("interaction_block", 32): Config(32, 32, 32),
+    ("attention_block", 16): Config(64, 64, 64, num_warps=8),
+    ("attention_block", 32): Config(32, 32, 32),
     ("packed", 16): Config(64, 64, 64),
     ("packed", 32): Config(32, 32, 32),
 }
+_HOPPER = {
+    ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
+    ("moment", 32): Config(32, 0, 64, num_warps=8),
+    ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
+    ("interaction_block", 32): Config(64, 64, 32, num_warps=8),
+    ("attention_block", 16): Config(64, 64, 64),
+    ("attention_block", 32): Config(64, 64, 64, num_warps=8),
+}
 _OVERRIDES = {
-    "hopper": {
-        ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
-        ("moment", 32): Config(32, 0, 64, num_warps=8),
-        ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
+    "ampere": {("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8)},
+    "hopper": _HOPPER,
+    "blackwell": _HOPPER
+    | {
+        ("softmax", 32): Config(64, 64, 16, num_warps=8),
+        ("interaction", 16): Config(64, 64, 64, num_warps=8),
+        ("wide_backward", 16): Config(64, 64, 64, out=64, num_warps=8),
     },
     "cdna": {
         ("token", 16): Config(64, 64, WIDEST_ROW),
@@ -67,12 +84,15 @@ _OVERRIDES = {
     "interpreter": {  # pays by the tile
         ("wide", 32): Config(64, 64, 128),
         ("wide_backward", 32): Config(64, 64, 128, out=128),
+        ("repair_backward", 32): Config(64, 64, 128, out=128),
         ("moment", 32): Config(64, 0, 128),
         ("quadratic_form", 32): Config(64, 0, 128),
         ("moment_backward", 32): Config(64, 0, 128, out=128),
         ("softmax", 32): Config(64, 64, 128),
         ("interaction", 32): Config(64, 64, 64),
         ("query_key_gradient", 32): Config(64, 64, 128),
+        ("interaction_block", 32): Config(64, 64, 64),
+        ("attention_block", 32): Config(64, 64, 64),
         ("packed", 32): Config(64, 64, 64),
     },
 }
@@ -80,13 +100,15 @@ _OVERRIDES = {
 # that the tiles above would spill hundreds of bytes.
 _UNALIGNED = {
     ("token", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
-    ("token_backward", 16): Config(64, 32, WIDEST_ROW, num_warps=8),
+    ("token_backward", 16): Config(32, 32, WIDEST_ROW, num_warps=8),
     ("wide", 16): Config(64, 32, 32, num_warps=8),
     ("wide", 32): Config(64, 32, 16, num_warps=8),
     ("wide_backward", 16): Config(64, 32, 32, out=32),
     ("wide_backward", 32): Config(64, 32, 16, out=32, num_warps=8),
+    ("repair_backward", 16): Config(64, 32, 32, out=32),
+    ("repair_backward", 32): Config(64, 32, 16, out=32),
     ("moment", 16): Config(64, 0, 32, num_warps=8),
-    ("moment", 32): Config(16, 0, 32, num_warps=8),
+    ("moment", 32): Config(16, 0, 32),
     ("quadratic_form", 16): Config(64, 0, 32),
     ("quadratic_form", 32): Config(64, 0, 16, num_warps=8),
     ("moment_backward", 16): Config(64, 0, 32, out=32, num_warps=8),
@@ -95,6 +117,8 @@ _UNALIGNED = {
     ("softmax", 32): Config(64, 64, 16, num_warps=8),
     ("query_key_gradient", 16): Config(64, 32, 32, num_warps=8),
     ("query_key_gradient", 32): Config(64, 32, 16, num_warps=8),
+    ("interaction_block", 16): Config(64, 64, 32, num_warps=8),
+    ("interaction_block", 32): Config(32, 32, 16, num_warps=8),
     ("packed", 16): Config(64, 64, 32, num_warps=8),
 }
 
@@ -116,7 +140,7 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "cdna"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
 
 
 def keeps_rows(bits: int, width: int) -> bool:

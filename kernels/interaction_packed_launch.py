@@ -6,28 +6,28 @@ Results do not depend on the chunk: a strip is computed alone, and the key gradi
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .interaction_launch import LOG2_E, WORKSPACE_BYTES, Arithmetic
+from .interaction_launch import LOG2_E, TRITON_DTYPES, WORKSPACE_BYTES, Arithmetic
 from .interaction_packed import (
     packed_gram_kernel,
     packed_key_gradient_kernel,
     packed_query_gradient_kernel,
     packed_score_gradient_kernel,
     packed_softmax_kernel,
+    packed_strip_total_kernel,
     packed_total_kernel,
 )
 from .tensors import readable
-
-TRITON_DTYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class Strips:
     """Strips of one chunk: M and φ(G) of a tile of rows each, what is summed over their tiles, and the sizes of all."""
 
-    def __init__(self, q: Tensor, k: Tensor, cu_seqlens: Tensor, is_causal: bool, need_grad: bool) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, cu_seqlens: Tensor, is_causal: bool, need_grad: bool, workspace_bytes: int | None
+    ) -> None:
         self.q, self.k, self.cu_seqlens = readable(q, tokens=0), readable(k, tokens=0), cu_seqlens.contiguous()
         self.N, self.H, self.D = q.shape
         self.S, self.group = cu_seqlens.shape[0] - 1, self.H // k.shape[1]
@@ -47,7 +47,7 @@ class Strips:
 
         matrix = self.arithmetic.matrix
         strip_bytes = 2 * self.block * self.pitch * matrix.itemsize
-        self.strips = max(1, min(self.H * self.slots, WORKSPACE_BYTES // strip_bytes))
+        self.strips = max(1, min(self.H * self.slots, (workspace_bytes or WORKSPACE_BYTES) // strip_bytes))
         self.top, self.row_total, self.row_sum = q.new_empty(3, self.H, self.N, dtype=torch.float32)
         self.loss = self.top.new_empty(self.strips, self.tiles)
         self.strip_loss = self.top.new_empty(self.H * self.slots)
@@ -85,6 +85,7 @@ def from_qk(
     squared: bool,
     exclude_diagonal: bool,
     need_grad: bool,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, H, _ = q.shape
     S = cu_seqlens.shape[0] - 1
@@ -92,7 +93,7 @@ def from_qk(
     grad_q, grad_k = (total.new_zeros(q.shape if need_grad else 0) for _ in range(2))
     if total.numel() == 0 or N == 0:
         return total, grad_q, grad_k
-    work = Strips(q, k, cu_seqlens, is_causal, need_grad)
+    work = Strips(q, k, cu_seqlens, is_causal, need_grad, workspace_bytes)
     _launch_softmax(work, scale)
     for strip0, count in work.chunks():
         _launch_gram(work, strip0, count, scale, squared, exclude_diagonal)
@@ -113,13 +114,14 @@ def _launch_softmax(work: Strips, scale: float) -> None:
 
 def _launch_gram(work: Strips, strip0: int, count: int, scale: float, squared: bool, exclude_diagonal: bool) -> None:
     """The loss of a chunk's strips and, for the gradient, M, φ(G) and the row term."""
-    loss = work.loss.narrow(0, 0, count).zero_()
     packed_gram_kernel[(work.tiles, count)](
-        *work.attention, work.pair, work.phi, work.row_term, loss, *work.sizes(strip0), *work.strides,
+        *work.attention, work.pair, work.phi, work.row_term, work.loss, *work.sizes(strip0), *work.strides,
         scale * LOG2_E, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
         DTYPE=TRITON_DTYPES[work.arithmetic.matrix], SQUARED=squared, EXCLUDE_DIAGONAL=exclude_diagonal, **work.options,
     )  # fmt: skip
-    torch.sum(loss, 1, out=work.strip_loss.narrow(0, strip0, count))
+    packed_strip_total_kernel[(count,)](
+        work.loss, work.cu_seqlens, work.strip_loss, work.S, work.N, work.slots, strip0, work.tiles, BLOCK=work.block
+    )
 
 
 def _launch_score_gradient(work: Strips, strip0: int, count: int, scale: float) -> None:

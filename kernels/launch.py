@@ -86,7 +86,7 @@ def interaction(
     from . import interaction_launch
 
     with torch.cuda.device_of(attention):
-        return interaction_launch.from_attention(attention, mask, squared, exclude_diagonal, need_grad)
+        return interaction_launch.from_attention(attention, mask, squared, exclude_diagonal, need_grad, workspace_bytes)
 
 
 def interaction_from_qk(
@@ -99,11 +99,12 @@ def interaction_from_qk(
     squared: bool,
     exclude_diagonal: bool,
     need_grad: bool,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pair sums ``(B, H)`` of the attention of queries and keys, and their gradients, the keys' for each query head."""
     from . import interaction_launch, interaction_packed_launch
 
-    form = (scale, is_causal, squared, exclude_diagonal, need_grad)
+    form = (scale, is_causal, squared, exclude_diagonal, need_grad, workspace_bytes)
     with torch.cuda.device_of(q):
         if cu_seqlens is None:
             return interaction_launch.from_qk(q, k, mask, *form)

@@ -188,7 +188,7 @@ def _launch_moment_backward(batch: Batch, moments: Tensor, weighted: Tensor, *ro
 
 
 def _launch_repair_backward(batch: Batch, *rows_and_grad_h: Tensor) -> None:
-    config = batch.config("wide_backward", batch.derived_bits)
+    config = batch.config("repair_backward", batch.derived_bits)
     row_energy_repair_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
         *batch.tensors, *rows_and_grad_h, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,

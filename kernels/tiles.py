@@ -17,6 +17,15 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_of(tile):
+    """Sum over both axes, in a tensor of one element.
+
+    Two axes down to the end: Triton 3.7 crashes for sm_100 where what comes of a product is reduced along its only one.
+    """
+    return tl.sum(tl.sum(tile, 1, keep_dims=True), 0)
+
+
+@triton.jit
 def offset_of(sequence, cu_ptr, T):
     """Where a packed sequence starts. Clamped: the offsets cannot be checked without waiting for the device."""
     return tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), T)

@@ -221,6 +221,7 @@ def interaction_loss(
     squared: bool = True,
     exclude_diagonal: bool = False,
     reduction: str = "mean",
+    workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r"""Lets strongly attending pairs share neurons: attention falls on pairs whose attention rows overlap.
@@ -236,6 +237,9 @@ def interaction_loss(
         squared: φ(x) = x² as in the paper, else φ(x) = x as in the released code.
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
+        workspace_bytes: of ``"triton"``: what the T×T matrices of the heads in work may take at a time, though never
+            less than one head's. If None, 32 MiB or, where eight heads need more, what they need up to 256 MiB.
+            Shows in no bit of the result.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -249,7 +253,8 @@ def interaction_loss(
     """
     arguments.check_attention(attention, mask)
     arguments.check_form(squared, exclude_diagonal, reduction)
-    total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl)
+    arguments.check_bytes("workspace_bytes", workspace_bytes)
+    total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl, workspace_bytes)
     return _mean_over_pairs(total, mask, None, attention.shape[-1], reduction)
 
 
@@ -264,6 +269,7 @@ def interaction_loss_from_qk(
     exclude_diagonal: bool = False,
     reduction: str = "mean",
     cu_seqlens: Tensor | None = None,
+    workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r""":func:`interaction_loss` of :math:`A = \mathrm{softmax}(\text{scale} \cdot q k^\top)`, which is never stored.
@@ -280,6 +286,7 @@ def interaction_loss_from_qk(
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        workspace_bytes: as for :func:`interaction_loss`; if None, 256 MiB for packed input.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -296,11 +303,12 @@ def interaction_loss_from_qk(
     arguments.check_query_key(q, k, mask, cu_seqlens)
     arguments.check_form(squared, exclude_diagonal, reduction)
     arguments.check_flag("is_causal", is_causal)
+    arguments.check_bytes("workspace_bytes", workspace_bytes)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     arguments.check_number("scale", scale)
     total = interaction_op.interaction_from_qk(
-        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl
+        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl, workspace_bytes
     )
     return _mean_over_pairs(total, mask, cu_seqlens, q.shape[-2], reduction)
 

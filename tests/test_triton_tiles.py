@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 FORM = {"squared": True, "exclude_diagonal": False}
 
 
-@pytest.fixture(params=["ampere", "hopper", "cdna", "unaligned"])
+@pytest.fixture(params=["ampere", "hopper", "blackwell", "cdna", "unaligned"])
 def tiles(request: pytest.FixtureRequest, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An architecture's tiles for operands of ``bits``, for float32 too: only it tells small errors."""
     from safr_fast.kernels import configs
@@ -83,3 +83,29 @@ def test_packed_interaction_is_right_with_the_tiles_of_a_gpu(tiles: None, is_cau
         return torch.cat(totals) / torch.tensor(lengths)[:, None] ** 2
 
     assert_close_to_float64(packed, plain, q, k)
+
+
+@pytest.mark.parametrize("tokens", [1, 45])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("squared", [False, True], ids=["linear", "squared"])
+def test_a_head_in_one_program_equals_a_head_in_tiles(
+    tokens: int, is_causal: bool, squared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped keys, holes in the mask and a sample of padding alone, where padding is NaN."""
+    from safr_fast.kernels import configs, launch
+
+    mask = normal(3, tokens, seed=5) > -0.5
+    mask[2] = False
+    padding = ~mask[:, None, :, None]
+    q, k = (normal(3, heads, tokens, 20, seed=heads).masked_fill(padding, torch.nan) for heads in (4, 2))
+    attention = normal(3, 2, tokens, tokens, seed=9).softmax(-1).masked_fill(padding | padding.mT, torch.nan)
+    form = {"squared": squared, "exclude_diagonal": not squared, "need_grad": True}
+    results = []
+    for rows in (64, 0):
+        for kernel in ("interaction_block", "attention_block"):
+            monkeypatch.setitem(configs._OVERRIDES["interpreter"], (kernel, 32), configs.Config(rows, rows, 64))
+        of_qk = launch.interaction_from_qk(q, k, mask, None, scale=0.3, is_causal=is_causal, **form)
+        results.append((*of_qk, *launch.interaction(attention, mask, **form)))
+    for in_one, in_tiles in zip(*results, strict=True):
+        assert in_one.shape == in_tiles.shape
+        torch.testing.assert_close(in_one, in_tiles, rtol=1e-4, atol=1e-6)
