@@ -58,8 +58,8 @@ class Batch:
 def forward(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    energy = h.new_zeros(h.shape[:-1], dtype=torch.float32)
-    norm = torch.zeros_like(energy)
+    energy = _rows_to_write(h, cu_seqlens, h.shape[:-1], torch.float32)
+    norm = _rows_to_write(h, cu_seqlens, h.shape[:-1], torch.float32)
     batch = Batch(h, mask, cu_seqlens)
     moments = energy.new_empty(batch.slots, batch.E, batch.E)
     if h.numel() > 0 and batch.S > 0:
@@ -82,8 +82,7 @@ def backward(
     grad_energy: Tensor,
     grad_norm: Tensor,
 ) -> Tensor:
-    every_row_is_written = mask is None and cu_seqlens is None
-    grad_h = (torch.empty if every_row_is_written else torch.zeros)(h.shape, dtype=h.dtype, device=h.device)
+    grad_h = _rows_to_write(h, cu_seqlens, h.shape, h.dtype)
     batch = Batch(h, mask, cu_seqlens)
     if h.numel() > 0 and batch.S > 0:
         energy, norm, grad_energy, grad_norm = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
@@ -96,6 +95,12 @@ def backward(
         if batch.some_short:
             _launch_token_backward(batch, grad_energy, grad_norm, grad_h)
     return grad_h
+
+
+def _rows_to_write(h: Tensor, cu_seqlens: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros where rows may belong to no sequence, or nothing is launched; kernels write those of padding themselves."""
+    make = torch.empty if cu_seqlens is None and h.numel() > 0 else torch.zeros
+    return make(shape, dtype=dtype, device=h.device)
 
 
 def _norm_of(moments: Tensor) -> Tensor:
@@ -183,7 +188,7 @@ def _launch_moment_backward(batch: Batch, moments: Tensor, weighted: Tensor, *ro
 
 
 def _launch_repair_backward(batch: Batch, *rows_and_grad_h: Tensor) -> None:
-    config = batch.config("wide_backward", batch.derived_bits)
+    config = batch.config("repair_backward", batch.derived_bits)
     row_energy_repair_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
         *batch.tensors, *rows_and_grad_h, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,

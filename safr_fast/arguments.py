@@ -106,6 +106,13 @@ def check_number(name: str, value: float, least: float | None = None) -> None:
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
 
 
+def check_bytes(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be None or a whole number of bytes, at least 1, got {describe(value)}")
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be None or a whole number of bytes, at least 1, got {value}")
+
+
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from safr_fast import arguments, reference
+from safr_fast.ops import dispatch
+from safr_fast.ops import importance as importance_op
 from safr_fast.ops import interaction as interaction_op
 from safr_fast.ops import row_energy as row_energy_op
 from safr_fast.ops.dispatch import Impl
@@ -201,6 +203,10 @@ def importance_loss(
     arguments.check_reduction(reduction)
     arguments.check_number("eps", eps, least=0)
     energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, impl=impl)
+    if reduction != "none" and dispatch.resolve(impl, h.device.type, h.dtype) == "triton":
+        return importance_op.importance(
+            energy, squared_norm, mask, cu_seqlens, eps, h.shape[-1], reduction == "mean", "triton"
+        )
     alive = (energy != 0) & (squared_norm != 0)  # NaN stays
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.
@@ -215,6 +221,7 @@ def interaction_loss(
     squared: bool = True,
     exclude_diagonal: bool = False,
     reduction: str = "mean",
+    workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r"""Lets strongly attending pairs share neurons: attention falls on pairs whose attention rows overlap.
@@ -230,6 +237,9 @@ def interaction_loss(
         squared: φ(x) = x² as in the paper, else φ(x) = x as in the released code.
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
+        workspace_bytes: of ``"triton"``: what the T×T matrices of the heads in work may take at a time, though never
+            less than one head's. If None, 32 MiB or, where eight heads need more, what they need up to 256 MiB.
+            Shows in no bit of the result.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -243,7 +253,8 @@ def interaction_loss(
     """
     arguments.check_attention(attention, mask)
     arguments.check_form(squared, exclude_diagonal, reduction)
-    total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl)
+    arguments.check_bytes("workspace_bytes", workspace_bytes)
+    total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl, workspace_bytes)
     return _mean_over_pairs(total, mask, None, attention.shape[-1], reduction)
 
 
@@ -258,6 +269,7 @@ def interaction_loss_from_qk(
     exclude_diagonal: bool = False,
     reduction: str = "mean",
     cu_seqlens: Tensor | None = None,
+    workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r""":func:`interaction_loss` of :math:`A = \mathrm{softmax}(\text{scale} \cdot q k^\top)`, which is never stored.
@@ -274,6 +286,7 @@ def interaction_loss_from_qk(
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        workspace_bytes: as for :func:`interaction_loss`; if None, 256 MiB for packed input.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -290,11 +303,12 @@ def interaction_loss_from_qk(
     arguments.check_query_key(q, k, mask, cu_seqlens)
     arguments.check_form(squared, exclude_diagonal, reduction)
     arguments.check_flag("is_causal", is_causal)
+    arguments.check_bytes("workspace_bytes", workspace_bytes)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     arguments.check_number("scale", scale)
     total = interaction_op.interaction_from_qk(
-        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl
+        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl, workspace_bytes
     )
     return _mean_over_pairs(total, mask, cu_seqlens, q.shape[-2], reduction)
 

@@ -163,8 +163,14 @@ def _heads(x: Tensor, packed: bool = False) -> tuple[int, ...]:
 
 
 def interaction(
-    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool
+    attention: Tensor,
+    mask: Tensor | None,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+    workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """Of the workspace each thread takes one head's, whatever ``workspace_bytes``; so below."""
     attention = _inner_contiguous(attention)
     B, H, T, _ = attention.shape
     total = torch.empty(B, H, dtype=torch.float32)
@@ -194,6 +200,7 @@ def interaction_from_qk(
     squared: bool,
     exclude_diagonal: bool,
     need_grad: bool,
+    workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     packed = cu_seqlens is not None
     q, k = _inner_contiguous(q), _inner_contiguous(k)
