@@ -56,7 +56,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         safr-fast train --dataset sst2 --data-dir data/sst2
 
-        safr-fast train --dataset imdb --max-len 512 --seed 1 --out runs/imdb-1
+        safr-fast train --dataset imdb --full-length --seed 1 --out runs/imdb-1
 
         safr-fast train --out runs/imdb-1 --resume
 

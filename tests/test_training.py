@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from support import offsets
 from torch import Tensor
 
+import safr_fast as sf
 from safr_fast.data import Corpus, Truth, Vocabulary, synthetic
-from safr_fast.data.batches import Batch, EncodedSplit
+from safr_fast.data.batches import Batch, EncodedSplit, by_length, token_buckets
 from safr_fast.errors import BackendUnavailable
-from safr_fast.nn import ClassifierOutput
+from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training import (
     ModelConfig,
     OptionError,
@@ -24,11 +26,13 @@ from safr_fast.training import (
     load_run,
     loop,
     measure,
+    meter,
     train,
 )
 from safr_fast.training.agreement import Agreement, above
 from safr_fast.training.measure import evaluate
 from safr_fast.training.model import build_model
+from safr_fast.training.plan import Step, share, steps
 from safr_fast.training.run import RunFolder, write_atomically, write_json
 
 TINY = ModelConfig(dim=16, heads=2, feedforward=32, mask_hidden=16)
@@ -57,7 +61,7 @@ def records(out: Path, event: str) -> list[dict[str, Any]]:
 def without_times(values: Any) -> Any:
     """The same without what differs between two runs of one configuration."""
     if isinstance(values, dict):
-        varying = ("seconds", "evaluation_seconds", "tokens_per_second", "out")
+        varying = ("seconds", "evaluation_seconds", "tokens_per_second", "out", "peak_memory")
         return {name: without_times(value) for name, value in values.items() if name not in varying}
     return [without_times(value) for value in values] if isinstance(values, list) else values
 
@@ -126,8 +130,8 @@ def test_measures_of_a_split_do_not_depend_on_the_evaluation_batch(
     torch.manual_seed(0)
     model = build_model(len(vocabulary), TINY)
     measured = []
-    for size in (1, 7, SIZES["test"]):
-        monkeypatch.setattr(measure, "_EVALUATION_BATCH", size)
+    for size in (1, 100, int(split.lengths.sum())):
+        monkeypatch.setattr(measure, "_EVALUATION_TOKENS", size)
         measured.append(evaluate(model, split, TrainConfig(variant=variant)))
     assert measured[0] == pytest.approx(measured[2], rel=1e-5)
     assert measured[1] == pytest.approx(measured[2], rel=1e-5)
@@ -138,11 +142,12 @@ def test_training_weighs_the_released_importance_by_tokens(variant: Any) -> None
     """Two batches: one text of three tokens, and two texts of one."""
     means = measure.Means(variant)
     for lengths, importance in (([3], 1.0), ([1, 1], 2.0)):
-        mask = torch.arange(3) < torch.tensor(lengths)[:, None]
         labels = torch.zeros(len(lengths), dtype=torch.int64)
-        output = ClassifierOutput(torch.zeros(len(lengths), 2), torch.zeros(len(lengths), 3, 1), (), None)
+        output = ClassifierOutput(torch.zeros(len(lengths), 2), torch.zeros(sum(lengths), 1), (), None)
         terms = dict.fromkeys(("importance", "importance_weighted", "interaction"), torch.tensor(importance))
-        means.add_batch(Batch(mask.long(), mask, labels, list(range(len(lengths)))), output, terms)
+        ids = torch.zeros(sum(lengths), dtype=torch.int64)
+        batch = Batch(ids, offsets(lengths), labels, max(lengths), list(range(len(lengths))))
+        means.add_batch(batch, output, terms)
     by_samples, by_tokens = (1 * 1.0 + 2 * 2.0) / 3, (3 * 1.0 + 2 * 2.0) / 5
     expected = by_tokens if variant == "released" else by_samples
     values = means.read()
@@ -170,6 +175,104 @@ def test_json_is_never_written_with_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         RunFolder(tmp_path).append_metrics({"loss": math.inf})
     assert not (tmp_path / "file.json").exists()
+
+
+@pytest.fixture
+def trained() -> tuple[TransformerClassifier, EncodedSplit]:
+    """A model whose gates and dropout are at rest, and texts."""
+    corpus = synthetic(0, SIZES)
+    vocabulary = Vocabulary.of(corpus.train.texts)
+    torch.manual_seed(0)
+    return build_model(len(vocabulary), TINY).eval(), EncodedSplit.of(corpus.train, vocabulary)
+
+
+def test_a_text_has_the_same_loss_whatever_its_batch_mates(
+    trained: tuple[TransformerClassifier, EncodedSplit],
+) -> None:
+    model, split = trained
+
+    def losses(rows: list[int]) -> list[Tensor]:
+        """Cross-entropy and interaction of each text, and the importance of each of its tokens."""
+        batch = split.batch(rows)
+        output = model(batch.ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        form: dict[str, Any] = {"cu_seqlens": batch.cu_seqlens, "reduction": "none"}
+        importance = sf.importance_loss(output.hidden, eps=1e-5, **form)
+        interaction = sf.interaction_loss_from_qk(*output.qk[0], squared=False, exclude_diagonal=True, **form)
+        cross_entropy = torch.nn.functional.cross_entropy(output.logits, batch.labels, reduction="none")
+        per_token = importance.split(batch.cu_seqlens.diff().tolist())
+        return [torch.cat((cross_entropy[i : i + 1], interaction[i], per_token[i])) for i in range(len(rows))]
+
+    alone = [losses([row])[0] for row in range(len(split))]
+    for batches in ([list(range(len(split)))], by_length(split.lengths, 100), token_buckets(split.lengths, 60, 0, 1)):
+        for rows in batches:
+            for row, own in zip(rows, losses(rows), strict=True):
+                torch.testing.assert_close(own, alone[row])
+
+
+def gradients(model: TransformerClassifier, split: EncodedSplit, planned: list[Step], variant: Any) -> list[Tensor]:
+    loss = sf.SAFRLoss(0.5, 0.25, variant=variant)
+    model.zero_grad()
+    for step in planned:
+        for rows in step.batches:
+            batch = split.batch(rows)
+            share(step, batch, loss, measure.forward(model, loss, batch)[1]).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("batches", [{"batch_size": 7}, {"batch_tokens": 120}], ids=["by texts", "by tokens"])
+def test_accumulated_batches_are_one_step(
+    trained: tuple[TransformerClassifier, EncodedSplit], batches: dict[str, int], variant: Any
+) -> None:
+    model, split = trained
+    planned = steps(split.lengths, TrainConfig(accumulate=1_000, **batches), 1)
+    assert len(planned) == 1
+    assert len(planned[0].batches) > 5
+    whole = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
+    pairs = zip(gradients(model, split, planned, variant), gradients(model, split, whole, variant), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_every_text_weighs_the_same_in_an_epoch_of_batches_by_tokens(
+    trained: tuple[TransformerClassifier, EncodedSplit], variant: Any
+) -> None:
+    model, split = trained
+    planned = steps(split.lengths, TrainConfig(batch_tokens=120), 1)
+    assert len({len(step.batches[0]) for step in planned}) > 3
+    (whole,) = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
+    pairs = zip(gradients(model, split, planned, variant), gradients(model, split, [whole], variant), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, len(planned) * expected, rtol=1e-4, atol=1e-5)
+
+
+def test_full_length_cuts_nothing(tmp_path: Path) -> None:
+    config = TrainConfig(dataset="imdb", full_length=True).resolved()
+    assert (config.max_len, config.batch_tokens) == (0, 8192)
+    assert TrainConfig(full_length=True, batch_tokens=100).resolved().batch_tokens == 100
+    with pytest.raises(OptionError, match="full_length cuts no text, but max_len is 512"):
+        TrainConfig(full_length=True, max_len=512)
+    said: list[str] = []
+    config = TrainConfig(out=tmp_path / "run", epochs=1, full_length=True, model=TINY, device="cpu", accumulate=2)
+    result = train(config, report=said.append)
+    (epoch,) = records(result.out, "epoch")
+    assert epoch["step"] == 1
+    assert said[-1].startswith("peak memory: process ")
+    assert result.peak_memory["process"] > 2**20
+
+
+def test_an_epoch_without_a_terminal_says_its_speed_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = iter([0.0, 30.0, 60.0, 90.0, 120.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    with meter.Meter(2, 10_000, 2_000, said.append) as progress:
+        for _ in range(4):
+            progress.add(1_000)
+    assert said == [
+        "epoch   2 |  40% of 10,000 tokens | 33 tokens/s | 3 min left of it",
+        "epoch   2 |  60% of 10,000 tokens | 33 tokens/s | 2 min left of it",
+    ]
 
 
 def test_a_term_of_weight_zero_is_not_computed_in_training_but_measured_in_evaluation(tmp_path: Path) -> None:
@@ -503,14 +606,12 @@ def test_above_counts_pairs_with_ties_half() -> None:
 
 def test_agreement_reads_gates_by_role_and_attention_on_pairs() -> None:
     truth = [Truth(("filler", "negator", "sentiment"), ((1, 2),)), Truth(("sentiment",), ())]
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    gate = torch.tensor([[0.1, 0.9, 0.8], [0.6, 0.5, 0.5]])
-    q = torch.zeros(2, 1, 3, 1)
-    k = torch.zeros(2, 1, 3, 1)
-    q[0, 0, 2], k[0, 0, 1] = 1.0, math.log(2.0)
-    batch = Batch(torch.zeros(2, 3, dtype=torch.int64), mask, torch.tensor([0, 1]), [0, 1])
+    gate = torch.tensor([0.1, 0.9, 0.8, 0.6])
+    q, k = torch.zeros(4, 1, 1), torch.zeros(4, 1, 1)
+    q[2], k[1] = 1.0, math.log(2.0)
+    batch = Batch(torch.zeros(4, dtype=torch.int64), offsets([3, 1]), torch.tensor([0, 1]), 3, [0, 1])
     agreement = Agreement(truth)
-    agreement.add(batch, ClassifierOutput(torch.zeros(2, 2), torch.zeros(2, 3, 1), ((q, k),), gate))
+    agreement.add(batch, ClassifierOutput(torch.zeros(2, 2), torch.zeros(4, 1), ((q, k),), gate))
     summary = agreement.summary()
     assert summary["gate_filler"] == pytest.approx(0.1)
     assert summary["gate_negator"] == pytest.approx(0.9)

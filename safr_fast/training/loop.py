@@ -11,10 +11,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from safr_fast import data
-from safr_fast.data.batches import EncodedSplit, epoch_seed, shuffled_buckets
+from safr_fast.data.batches import EncodedSplit, epoch_seed
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.loss import SAFRLoss
 from safr_fast.ops.dispatch import resolve
@@ -23,7 +22,9 @@ from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
 from safr_fast.training.measure import Means, check_finite, evaluate, forward, training_terms
+from safr_fast.training.meter import Meter, peak_memory
 from safr_fast.training.model import build_model
+from safr_fast.training.plan import Step, share, steps
 from safr_fast.training.run import Progress, RunFolder, place, write_json
 
 
@@ -39,6 +40,8 @@ class TrainResult:
     agreement: dict[str, float]
     """With the planted truth of generated reviews, on the test split; empty for real ones."""
     seconds: float
+    peak_memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes, of the process that ended the run and of its GPU."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"out": str(self.out)}
@@ -69,6 +72,8 @@ def train(
         with _settings(config) as device:
             result = _Run(config, folder, device, report).go()
     report(lines.result(result.best_epoch, result.epochs, result.dev, result.test, result.agreement))
+    if result.peak_memory:
+        report(lines.peak_memory(result.peak_memory))
     return result
 
 
@@ -125,29 +130,33 @@ class _Run:
 
     def _epoch(self, epoch: int) -> None:
         started = time.perf_counter()
-        # All randomness of an epoch follows from the seed and its number, so that a resumed run repeats it.
-        torch.manual_seed(epoch_seed(self.config.seed, epoch))
-        order = shuffled_buckets(self.train.lengths, self.config.batch_size, self.config.seed, epoch)
+        plan = steps(self.train.lengths, self.config, epoch)
         whole, recent, step = Means(self.config.variant), Means(self.config.variant), self.progress.step
         self.model.train()
-        for rows in tqdm(order, f"epoch {epoch}", leave=False, unit="step", disable=None):
-            batch = self.train.batch(rows).to(self.device)
-            output, parts = forward(self.model, self.loss, batch)
-            self.optimizer.zero_grad()
-            parts.total.backward()
-            self.optimizer.step()
-            step += 1
-            terms = training_terms(self.loss, parts)
-            for means in (whole, recent):
-                means.add_batch(batch, output, terms)
-            if step % self.config.log_every == 0:
-                latest = recent.read()
-                check_finite(latest, f"training, steps up to {step}")
-                self.folder.append_metrics({"event": "step", "epoch": epoch, "step": step, "train": latest})
-                recent = Means(self.config.variant)
+        with Meter(epoch, len(self.train.ids), 0, self.report) as meter:
+            for planned in plan:
+                self._step(planned, whole, recent)
+                meter.add(planned.size)
+                step += 1
+                if step % self.config.log_every == 0:
+                    latest = recent.read()
+                    check_finite(latest, f"training, steps up to {step}")
+                    self.folder.append_metrics({"event": "step", "epoch": epoch, "step": step, "train": latest})
+                    recent = Means(self.config.variant)
         trained = whole.read()
         check_finite(trained, f"training, epoch {epoch}")
         self._close_epoch(epoch, step, trained, time.perf_counter() - started)
+
+    def _step(self, step: Step, *measured: Means) -> None:
+        self.optimizer.zero_grad()
+        for rows, seed in zip(step.batches, step.seeds, strict=True):
+            torch.manual_seed(seed)
+            batch = self.train.batch(rows).to(self.device)
+            output, parts = forward(self.model, self.loss, batch)
+            share(step, batch, self.loss, parts).backward()
+            for means in measured:
+                means.add_batch(batch, output, training_terms(self.loss, parts))
+        self.optimizer.step()
 
     def _close_epoch(self, epoch: int, step: int, trained: dict[str, float], seconds: float) -> None:
         started = time.perf_counter()
@@ -192,6 +201,7 @@ class _Run:
             test=evaluate(self.model, self.test, self.config, agreement),
             agreement={} if agreement is None else agreement.summary(),
             seconds=self.progress.seconds,
+            peak_memory=peak_memory(self.device),
         )
         check_finite(result.test, "the test")
         self.folder.append_metrics({"event": "end", "epoch": result.epochs, **result.to_json()})

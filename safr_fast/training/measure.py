@@ -13,7 +13,7 @@ from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig, Variant
 from safr_fast.training.errors import RunError
 
-_EVALUATION_BATCH = 64
+_EVALUATION_TOKENS = 8192
 
 
 class Means:
@@ -25,9 +25,9 @@ class Means:
     def __init__(self, variant: Variant) -> None:
         self._importance_is_per_token = variant == "released"
         self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor | int] = {}
+        self._weights: dict[str, int] = {}
 
-    def add(self, values: Mapping[str, Tensor | None], weight: Tensor | int) -> None:
+    def add(self, values: Mapping[str, Tensor | None], weight: int) -> None:
         """``weight``: what each value is a mean over, for example samples. None: not measured."""
         for name, value in values.items():
             if value is not None:
@@ -36,23 +36,23 @@ class Means:
 
     def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
         """The terms, the accuracy, and the mean gate over real tokens."""
-        tokens = batch.mask.sum()
+        tokens = len(batch.ids)
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
         self.add({"accuracy": accuracy}, len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
             self.add({name: value}, tokens if per_token else len(batch.rows))
         if output.gate is not None:
-            self.add({"gate": output.gate.where(batch.mask, 0).sum() / tokens.clamp(min=1)}, tokens)
+            self.add({"gate": output.gate.sum() / max(tokens, 1)}, tokens)
 
     def read(self) -> dict[str, float]:
-        return {name: float(total) / max(float(self._weights[name]), 1.0) for name, total in self._sums.items()}
+        return {name: float(total) / max(self._weights[name], 1) for name, total in self._sums.items()}
 
 
 def forward(model: TransformerClassifier, loss: SAFRLoss, batch: Batch) -> tuple[ClassifierOutput, LossParts]:
-    output: ClassifierOutput = model(batch.ids, batch.mask)
-    parts = loss(output.logits, batch.labels, hidden=output.hidden, qk=output.qk, mask=batch.mask, return_parts=True)
-    return output, parts
+    output: ClassifierOutput = model(batch.ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+    terms = {"hidden": output.hidden, "qk": output.qk, "cu_seqlens": batch.cu_seqlens}
+    return output, loss(output.logits, batch.labels, **terms, return_parts=True)
 
 
 def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]:
@@ -77,7 +77,7 @@ def evaluate(
     means = Means(config.variant)
     model.eval()
     with torch.inference_mode():
-        for rows in by_length(split.lengths, _EVALUATION_BATCH):
+        for rows in by_length(split.lengths, _EVALUATION_TOKENS):
             batch = split.batch(rows).to(device)
             output, parts = forward(model, loss, batch)
             terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
