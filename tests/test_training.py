@@ -3,17 +3,24 @@
 import dataclasses
 import json
 import math
+import os
+import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import ranks
 import torch
-from support import offsets
+from ranks import SIZES, TINY
+from ranks import train as run
+from support import forkserver, offsets
 from torch import Tensor
 
 import safr_fast as sf
-from safr_fast.data import Corpus, Truth, Vocabulary, synthetic
+from safr_fast.data import Truth, Vocabulary, synthetic
 from safr_fast.data.batches import Batch, EncodedSplit, by_length, token_buckets
 from safr_fast.errors import BackendUnavailable
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
@@ -22,7 +29,6 @@ from safr_fast.training import (
     OptionError,
     RunError,
     TrainConfig,
-    TrainResult,
     load_run,
     loop,
     measure,
@@ -35,22 +41,10 @@ from safr_fast.training.model import build_model
 from safr_fast.training.plan import Step, share, steps
 from safr_fast.training.run import RunFolder, write_atomically, write_json
 
-TINY = ModelConfig(dim=16, heads=2, feedforward=32, mask_hidden=16)
-SIZES = {"train": 100, "dev": 40, "test": 40}
-
 
 @pytest.fixture(autouse=True)
 def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bool) -> Corpus:
-        return synthetic(seed, SIZES)
-
-    monkeypatch.setattr(loop.data, "load", load)
-
-
-def run(out: Path, *, resume: bool = False, **options: Any) -> TrainResult:
-    defaults: dict[str, Any] = {"epochs": 4, "patience": 4, "learning_rate": 1e-3, "log_every": 2, "model": TINY}
-    config = TrainConfig(out=out, device="cpu", **(defaults | options))
-    return train(config, resume=resume, report=lambda line: None)
+    monkeypatch.setattr(loop.data, "load", ranks.small_corpus)
 
 
 def records(out: Path, event: str) -> list[dict[str, Any]]:
@@ -89,6 +83,19 @@ def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
     original = loop.forward
     monkeypatch.setattr(loop, "forward", forward)
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one at every training step."""
+    steps: list[int] = []
+
+    def forward(*arguments: Any) -> Any:
+        steps.append(len(steps))
+        return original(*arguments)
+
+    original = loop.forward
+    monkeypatch.setattr(loop, "forward", forward)
+    return steps
 
 
 def test_metrics_hold_every_term_weighted_and_not(tmp_path: Path) -> None:
@@ -298,16 +305,61 @@ def test_two_runs_of_one_configuration_are_equal_to_the_bit(tmp_path: Path) -> N
     assert contents(tmp_path / "c")[1] != contents(tmp_path / "a")[1]
 
 
+@pytest.mark.parametrize("checkpoint_every", [1, 3, 1_000])
 @pytest.mark.parametrize("step", [1, 4, 5, 11], ids=lambda step: f"interrupted at step {step}")
-def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_a_resumed_run_ends_as_if_never_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, checkpoint_every: int
+) -> None:
     run(tmp_path / "whole")
     with monkeypatch.context() as patched:
         interrupt_at_step(patched, step)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "parts")
-    run(tmp_path / "parts", resume=True)
+            run(tmp_path / "parts", checkpoint_every=checkpoint_every)
+    with monkeypatch.context() as patched:
+        steps = count_steps(patched)
+        run(tmp_path / "parts", resume=True)
+    assert len(steps) == 16 - max((step - 1) // 4 * 4, (step - 1) // checkpoint_every * checkpoint_every)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
     assert not (tmp_path / "parts" / "state.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) -> None:
+    """20 kills, at moments spread over all that a run still has to do, its start and its end too."""
+    options = {"checkpoint_every": 2, "log_every": 3, "dataset": "synthetic", "batch_tokens": 150}
+    in_process(tmp_path / "warm", False, options).join()
+    started = time.perf_counter()
+    in_process(tmp_path / "whole", False, options).join()
+    seconds = time.perf_counter() - started
+    random = Random(0)
+    kills, resumed, runs = 0, 0, [tmp_path / "0"]
+    while kills < 20:
+        out = runs[-1]
+        begun = (out / "config.json").exists()
+        process = in_process(out, begun, options)
+        process.join(random.uniform(0, seconds))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            resumed += begun
+        else:
+            assert process.exitcode == 0
+            runs.append(tmp_path / str(len(runs)))
+    begun = (runs[-1] / "config.json").exists()
+    last = in_process(runs[-1], begun, options)
+    last.join()
+    assert last.exitcode == 0
+    assert resumed > 3
+    for out in runs:
+        assert_same_runs(tmp_path / "whole", out)
+        assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
+
+
+def in_process(*arguments: Any) -> ForkServerProcess:
+    process = forkserver().Process(target=ranks.train_alone, args=arguments)
+    process.start()
+    return process
 
 
 def test_a_kill_between_weights_and_state_repeats_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ class TrainConfig:
     batch_tokens: int | None = None
     """Instead of --batch-size: tokens in a batch, at most. Each text of an epoch then weighs the same."""
     accumulate: int = 1
-    """Batches whose gradients are added up for one step, as if they were one."""
+    """Batches that each process adds up for one step, as if they were one."""
     epochs: int | None = None
     """At most; by default 100, for synthetic 15."""
     patience: int = 3
@@ -94,6 +94,12 @@ class TrainConfig:
     """auto: the GPU if there is one."""
     threads: int | None = None
     """CPU threads; PyTorch's own choice by default."""
+    bf16: bool = False
+    """Matrix products and both terms in bfloat16, by autocast; weights stay in float32."""
+    compile: bool = False
+    """Training steps through torch.compile."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints, at which --resume goes on; the end of an epoch is one too."""
     log_every: int = 50
     """Steps between two records in metrics.jsonl."""
     out: Path | None = None
@@ -102,7 +108,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.model.check()
-        for name in ("batch_size", "batch_tokens", "accumulate", "epochs", "patience", "log_every", "threads"):
+        for name in (
+            "batch_size",
+            "batch_tokens",
+            "accumulate",
+            "epochs",
+            "patience",
+            "log_every",
+            "threads",
+            "checkpoint_every",
+        ):
             _at_least(self, name, 1)
         for name in ("seed", "data_seed", "max_len"):
             _at_least(self, name, 0)

@@ -15,14 +15,20 @@ _LINE_EVERY_SECONDS = 60.0
 class Meter:
     """An epoch's progress in tokens per second, and the time that is left of it.
 
-    A bar on a terminal; elsewhere a line a minute.
+    A bar on a terminal; elsewhere a line a minute by ``report``; nothing where that is None.
     """
 
-    def __init__(self, epoch: int, tokens: int, done: int, report: Callable[[str], None]) -> None:
+    def __init__(self, epoch: int, tokens: int, done: int, report: Callable[[str], None] | None) -> None:
         self._epoch, self._tokens, self._first, self._done, self._report = epoch, tokens, done, done, report
         self._started = self._said = time.perf_counter()
         self._bar = tqdm(
-            total=tokens, initial=done, desc=f"epoch {epoch}", leave=False, unit="token", unit_scale=True, disable=None
+            total=tokens,
+            initial=done,
+            desc=f"epoch {epoch}",
+            leave=False,
+            unit="token",
+            unit_scale=True,
+            disable=True if report is None else None,
         )
 
     def __enter__(self) -> "Meter":
@@ -35,7 +41,7 @@ class Meter:
         self._done += tokens
         self._bar.update(tokens)
         now = time.perf_counter()
-        if self._bar.disable and now - self._said >= _LINE_EVERY_SECONDS:
+        if self._report is not None and self._bar.disable and now - self._said >= _LINE_EVERY_SECONDS:
             self._said = now
             speed = (self._done - self._first) / (now - self._started)
             self._report(lines.progress(self._epoch, self._done, self._tokens, speed))

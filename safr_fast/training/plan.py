@@ -24,8 +24,10 @@ class Step(NamedTuple):
     """What its mean over tokens divides by."""
 
 
-def steps(lengths: Tensor, config: TrainConfig, epoch: int) -> list[Step]:
-    """An epoch's steps of ``config.accumulate`` batches, the last of what is left; every text is in one of them.
+def steps(lengths: Tensor, config: TrainConfig, epoch: int, processes: int = 1) -> list[Step]:
+    """An epoch's steps, of ``config.accumulate`` batches for each process, the last of what is left.
+
+    Every text is in one of them.
 
     A step's loss is the mean over its own texts. Of batches by tokens some hold few long texts, some many short ones:
     their loss is the sum over the texts, divided by the mean number in a step, so that every text weighs the same.
@@ -35,15 +37,16 @@ def steps(lengths: Tensor, config: TrainConfig, epoch: int) -> list[Step]:
     else:
         batches = token_buckets(lengths, config.batch_tokens, config.seed, epoch)
     seeds = [epoch_seed(epoch_seed(config.seed, epoch), i) for i in range(len(batches))]
-    starts = range(0, len(batches), config.accumulate)
+    width = config.accumulate * processes
+    starts = range(0, len(batches), width)
     planned = []
     for start in starts:
-        own = batches[start : start + config.accumulate]
+        own = batches[start : start + width]
         size = sum(int(lengths[rows].sum()) for rows in own)
         samples, tokens = float(sum(map(len, own))), float(size)
         if config.batch_tokens is not None:
             samples, tokens = len(lengths) / len(starts), int(lengths.sum()) / len(starts)
-        planned.append(Step(own, seeds[start : start + config.accumulate], size, samples, max(tokens, 1.0)))
+        planned.append(Step(own, seeds[start : start + width], size, samples, max(tokens, 1.0)))
     return planned
 
 
