@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from safr_fast.data import Corpus, synthetic
+from safr_fast.data.batches import Batch
+from safr_fast.loss import LossParts, SAFRLoss
+from safr_fast.nn import SAFRClassifier
 from safr_fast.training import ModelConfig, TrainConfig, TrainResult, loop
 
 TINY = ModelConfig(dim=16, heads=2, feedforward=32, mask_hidden=16)
@@ -40,3 +45,49 @@ def joined(rank: int, count: int, folder: str, function: Callable[..., Any], arg
         return function(*arguments)
     finally:
         dist.destroy_process_group()
+
+
+class Recording(loop.Means):
+    """Keeps which texts were trained on."""
+
+    rows: list[int] = []  # noqa: RUF012
+
+    def add_batch(self, batch: Batch, *arguments: Any) -> None:
+        self.rows.extend(batch.rows)
+        super().add_batch(batch, *arguments)
+
+
+def train_together(out: Path, options: dict[str, Any]) -> tuple[TrainResult, list[int]]:
+    """A rank's result, and the texts that it measured, each twice: for the epoch, and for the latest record."""
+    loop.data.load = small_corpus
+    loop.Means = Recording
+    result = train(out, **options)
+    return result, Recording.rows
+
+
+def sharded_step(variant: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Loss terms and whole gradients of a model sharded by FSDP2, of this rank's half of four texts."""
+    model, loss, texts = small_model(variant)
+    fully_shard(model.layers[0])
+    fully_shard(model)
+    parts = loss_of(model, loss, *texts[dist.get_rank()])
+    parts.total.backward()
+    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    return [part.detach() for part in parts], gradients
+
+
+def small_model(variant: Any) -> tuple[SAFRClassifier, SAFRLoss, list[tuple[Tensor, Tensor, Tensor]]]:
+    """A classifier in evaluation mode, whose gates and dropout are at rest; and two batches of packed texts."""
+    torch.manual_seed(0)
+    model = SAFRClassifier(30, dim=16, heads=2, feedforward=32, mask_hidden=16).eval()
+    lengths = [(9, 4), (6, 7)]
+    texts = [
+        (torch.randint(30, (sum(own),)), torch.tensor([0, own[0], sum(own)], dtype=torch.int32), torch.tensor([0, 1]))
+        for own in lengths
+    ]
+    return model, SAFRLoss(1.0, 1.0, variant=variant), texts
+
+
+def loss_of(model: SAFRClassifier, loss: SAFRLoss, ids: Tensor, cu_seqlens: Tensor, labels: Tensor) -> LossParts:
+    output = model(ids, cu_seqlens=cu_seqlens)
+    return loss(output.logits, labels, hidden=output.hidden, qk=output.qk, cu_seqlens=cu_seqlens, return_parts=True)
