@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+import safr_fast as sf
 from safr_fast.data import Corpus, synthetic
 from safr_fast.data.batches import Batch
 from safr_fast.loss import LossParts, SAFRLoss
@@ -91,3 +92,38 @@ def small_model(variant: Any) -> tuple[SAFRClassifier, SAFRLoss, list[tuple[Tens
 def loss_of(model: SAFRClassifier, loss: SAFRLoss, ids: Tensor, cu_seqlens: Tensor, labels: Tensor) -> LossParts:
     output = model(ids, cu_seqlens=cu_seqlens)
     return loss(output.logits, labels, hidden=output.hidden, qk=output.qk, cu_seqlens=cu_seqlens, return_parts=True)
+
+
+def spread_importance(
+    h: Tensor, mask: Tensor | None, lengths: list[int], forms: list[dict[str, Any]]
+) -> list[list[Tensor]]:
+    """For each form: row energy, squared norm, importance loss and its gradient, of this rank's share of the tokens."""
+    rank = dist.get_rank()
+    own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    results = []
+    for form in forms:
+        x = h[..., own, :].clone().requires_grad_()
+        given: dict[str, Any] = {"mask": None if mask is None else mask[..., own], "group": dist.group.WORLD}
+        energy, squared_norm = sf.row_energy(x, **given, impl=form["impl"])
+        loss = sf.importance_loss(x, **given, **form)
+        (gradient,) = torch.autograd.grad(3 * loss.sum(), x)  # as where a weight stands before the loss
+        results.append([energy.detach(), squared_norm.detach(), loss.detach(), gradient / 3])
+    return results
+
+
+def refusals(h: Tensor) -> list[str]:
+    """What calls say that cannot be served."""
+    group = dist.group.WORLD
+    packed = torch.tensor([0, h.shape[-2]], dtype=torch.int32)
+
+    def twice() -> None:
+        (gradient,) = torch.autograd.grad(sf.importance_loss(h.requires_grad_(), group=group), h, create_graph=True)
+        gradient.sum().backward()
+
+    messages = []
+    for attempt in (lambda: sf.row_energy(h[0], cu_seqlens=packed, group=group), twice):
+        try:
+            attempt()
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    return messages

@@ -1,6 +1,7 @@
 """Several processes over gloo: the same run as one process has, and one sequence over several ranks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from support import on_ranks
+from support import lengths_mask, normal, on_ranks, relative_error
+from torch import Tensor
 
+import safr_fast as sf
 from safr_fast.training import RunError, loop
 from safr_fast.training.run import RunFolder
 
@@ -92,3 +95,51 @@ def test_the_losses_hold_for_a_model_sharded_by_fsdp2(variant: Any) -> None:
         torch.testing.assert_close(torch.stack(parts), torch.stack(own).detach())
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+FORMS = [{"impl": impl, "eps": 1e-5, "reduction": r} for impl in ("reference", "auto") for r in ("mean", "sum", "none")]
+
+
+def assert_spread_is_whole(h: Tensor, mask: Tensor | None, lengths: list[int], allowed: float) -> None:
+    """Each rank's values and gradients against float64 in one process."""
+    whole = h.double().requires_grad_()
+    results = zip(*on_ranks(len(lengths), ranks.spread_importance, h, mask, lengths, FORMS), strict=True)
+    for form, ours in zip(FORMS, results, strict=True):
+        energy, squared_norm = sf.row_energy(whole, mask, impl="reference")
+        loss = sf.importance_loss(whole, mask, **form | {"impl": "reference"})
+        (gradient,) = torch.autograd.grad(loss.sum(), whole)
+        energies, squared_norms, losses, gradients = zip(*ours, strict=True)
+        assert relative_error(torch.cat(energies, -1), energy.detach()) < allowed
+        assert relative_error(torch.cat(squared_norms, -1), squared_norm.detach()) < allowed
+        assert relative_error(torch.cat(gradients, -2), gradient) < allowed
+        for value in [torch.cat(losses, -1)] if form["reduction"] == "none" else losses:
+            assert relative_error(value, loss.detach()) < allowed
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths", [[20, 13], [5, 30, 11], [7, 0, 9]], ids=str)
+def test_a_sequence_spread_over_ranks_has_the_importance_loss_of_one_process(lengths: list[int], masked: bool) -> None:
+    h = normal(3, sum(lengths), 12)
+    h[0, 3] = 0  # a closed gate
+    mask = lengths_mask([sum(lengths), 6, 0], sum(lengths)) if masked else None
+    if mask is not None:
+        h = h.where(mask.unsqueeze(-1), math.nan)
+    assert_spread_is_whole(h, mask, lengths, allowed=1e-6)
+
+
+def test_rows_of_another_rank_that_are_all_but_orthogonal_are_told_from_orthogonal_ones() -> None:
+    h = torch.eye(24).expand(2, 24, 24) + 1e-4 * normal(2, 24, 24)
+    assert_spread_is_whole(h, None, [10, 6, 8], allowed=1e-5)
+
+
+def test_spread_tokens_in_16_bits_are_as_accurate_as_16_bits_are() -> None:
+    h = normal(2, 33, 12, dtype=torch.bfloat16)
+    assert_spread_is_whole(h, None, [20, 13], allowed=5e-3)
+
+
+def test_what_cannot_be_spread_over_ranks_says_so() -> None:
+    for packed, twice in on_ranks(2, ranks.refusals, normal(2, 5, 4)):
+        assert packed.startswith("group and cu_seqlens exclude each other")
+        assert "differentiates once" in twice
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup or None, got str 'world'"):
+        sf.importance_loss(normal(2, 5, 4), group="world")  # type: ignore[arg-type]
