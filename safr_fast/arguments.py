@@ -52,6 +52,15 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, mask: Tensor | None, packed: Ten
         raise ValueError(f"cu_seqlens must be on {packed.device} like its input, got {cu_seqlens.device}")
 
 
+def check_group(group: object, cu_seqlens: Tensor | None) -> None:
+    if group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {describe(group)}")
+    if cu_seqlens is not None:
+        raise ValueError("group and cu_seqlens exclude each other: spread padded sequences (..., T, E) over the ranks")
+
+
 def check_offsets(cu_seqlens: Tensor | None, tokens: int) -> None:
     """Of values that are at hand: on a GPU they would have to be waited for, and a compiler has none."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():

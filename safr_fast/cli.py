@@ -56,7 +56,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         safr-fast train --dataset sst2 --data-dir data/sst2
 
-        safr-fast train --dataset imdb --max-len 512 --seed 1 --out runs/imdb-1
+        safr-fast train --dataset imdb --full-length --seed 1 --out runs/imdb-1
 
         safr-fast train --out runs/imdb-1 --resume
 
@@ -64,7 +64,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         Args:
             config: The run.
-            resume: Go on with the run in --out after its last whole epoch. It keeps its own settings whatever else is
+            resume: Go on with the run in --out after its last checkpoint. It keeps its own settings whatever else is
                 given: an option that contradicts them is refused, but one that equals the default reads as not given.
         """
         return partial(_train, config, resume)
@@ -101,7 +101,7 @@ def _train(config: "TrainConfig", resume: bool) -> None:
         train(config, resume=resume, report=partial(print, flush=True))
     except KeyboardInterrupt:
         command = f"safr-fast train --out {shlex.quote(str(config.out))} --resume"
-        print(f"\ninterrupted; to go on after the last whole epoch: {command}", file=sys.stderr)
+        print(f"\ninterrupted; to go on after the last checkpoint: {command}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -23,6 +23,7 @@ Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,7 +33,11 @@ from safr_fast.ops import dispatch
 from safr_fast.ops import importance as importance_op
 from safr_fast.ops import interaction as interaction_op
 from safr_fast.ops import row_energy as row_energy_op
+from safr_fast.ops import sequence_parallel
 from safr_fast.ops.dispatch import Impl
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -59,7 +64,12 @@ def _tokens(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor
 
 
 def row_energy(
-    h: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None, impl: Impl = "auto"
+    h: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    group: "ProcessGroup | None" = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Energy of each row of the Gram matrix off its diagonal, and the squared norm on it.
 
@@ -71,10 +81,13 @@ def row_energy(
         h: ``(..., T, E)``, or ``(N, E)`` with ``cu_seqlens``.
         mask: bool ``(..., T)``, true where a token is real.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        group: ranks over which each sequence is spread, each with its own tokens ``(..., T, E)``, as many as it has:
+            j runs over the tokens of all of them. The ranks exchange E×E moments alone, once forward and once backward,
+            so all of them call this function, and its backward, in the same order. Excludes ``cu_seqlens``.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
-        ``(energy, squared_norm)``, each ``(..., T)``, in units of h⁴ and h²; 0 for padding.
+        ``(energy, squared_norm)``, each ``(..., T)``, in units of h⁴ and h²; 0 for padding. Of the rank's own tokens.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, by name.
@@ -83,7 +96,12 @@ def row_energy(
     Source: the sums of SAFR Eq. 1–3 (arXiv 2501.16374).
     """
     arguments.check_hidden(h, mask, cu_seqlens)
-    return row_energy_op.row_energy(_autocast(h), mask, cu_seqlens, impl)
+    arguments.check_group(group, cu_seqlens)
+    h = _autocast(h)
+    energy, squared_norm = row_energy_op.row_energy(h, mask, cu_seqlens, impl)
+    if group is not None:
+        energy = energy + sequence_parallel.energy_of_others(h, mask, group)
+    return energy, squared_norm
 
 
 def interference(h: Tensor, mask: Tensor | None = None, *, signed: bool = False) -> Tensor:
@@ -178,6 +196,7 @@ def importance_loss(
     eps: float = 0.0,
     reduction: str = "mean",
     cu_seqlens: Tensor | None = None,
+    group: "ProcessGroup | None" = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r"""Asks tokens for monosemantic representations; ``h`` is weighted by importance (VMASK's gate) beforehand.
@@ -190,6 +209,8 @@ def importance_loss(
         eps: ε of :func:`polysemanticity`; 0 as in the paper, 1e-5 in the released code.
         reduction: ``"mean"`` over real tokens (the released code's), ``"sum"`` (the paper's), or ``"none"``: ``t_i``.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        group: ranks over which each sequence is spread, as for :func:`row_energy`. The loss is that of all tokens, the
+            same on each rank; if each rank calls backward on it, each has the gradient of its own tokens.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -202,8 +223,9 @@ def importance_loss(
     """
     arguments.check_reduction(reduction)
     arguments.check_number("eps", eps, least=0)
-    energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, impl=impl)
-    if reduction != "none" and dispatch.resolve(impl, h.device.type, h.dtype) == "triton":
+    energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, group=group, impl=impl)
+    fused = dispatch.resolve(impl, h.device.type, h.dtype) == "triton"
+    if fused and group is None and reduction != "none":
         return importance_op.importance(
             energy, squared_norm, mask, cu_seqlens, eps, h.shape[-1], reduction == "mean", "triton"
         )
@@ -211,7 +233,11 @@ def importance_loss(
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.
     terms = torch.where(alive, energy.sqrt() / (squared_norm.sqrt() + eps), 0.0) / math.sqrt(max(h.shape[-1], 1))
-    return _reduce(terms, _tokens(h, mask, cu_seqlens), reduction)
+    count = _tokens(h, mask, cu_seqlens)
+    if group is not None and reduction != "none":
+        terms = sequence_parallel.sum_over_ranks(terms.sum(), group)
+        count = sequence_parallel.sum_over_ranks(torch.as_tensor(count, device=h.device), group)
+    return _reduce(terms, count, reduction)
 
 
 def interaction_loss(

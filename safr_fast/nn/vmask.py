@@ -27,9 +27,17 @@ class VMASK(nn.Module):
         self.to_logits = nn.Linear(hidden, 2)
         self.temperature = temperature
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The gate of each token: ``(..., E)`` to ``(...)``."""
+    def forward(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """The gate of each token: ``(..., E)`` to ``(...)``.
+
+        Args:
+            x: embeddings ``(..., E)``, one of each token; with ``place`` one of each word type, ``(W, E)``.
+            place: int64 ``(...)``, the row of ``x`` of each token. What depends on the word alone is then computed
+                once per type; in training each token still draws for itself.
+        """
         logits = self.to_logits(torch.tanh(self.hidden(x)))  # (..., 2): drop, keep
+        if place is not None:
+            logits = F.embedding(place, logits)
         if self.training:
             return F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1]
         return logits.softmax(-1)[..., 1]

@@ -19,14 +19,16 @@ class Agreement:
         self._shares: list[float] = []
 
     def add(self, batch: Batch, output: ClassifierOutput) -> None:
-        lengths = batch.mask.sum(dim=1).tolist()
-        attention = _mean_attention(output.qk, batch.mask)
-        for b, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
+        q, k = output.qk[-1]
+        bounds = batch.cu_seqlens.tolist()
+        for row, start, end in zip(batch.rows, bounds[:-1], bounds[1:], strict=True):
             truth = self.truth[row]
             if output.gate is not None:
-                for role, gate in zip(truth.roles, output.gate[b, :length].tolist(), strict=False):
+                for role, gate in zip(truth.roles, output.gate[start:end].tolist(), strict=False):
                     self._gates.setdefault(role, []).append(gate)
-            self._shares += [attention[b, j, i].item() * length for i, j in truth.pairs if max(i, j) < length]
+            attention = _mean_attention(q[start:end], k[start:end])
+            length = end - start
+            self._shares += [attention[j, i].item() * length for i, j in truth.pairs if max(i, j) < length]
 
     def summary(self) -> dict[str, float]:
         """Mean gate by role; how often a planted word's gate is above a filler's; attention on planted pairs."""
@@ -47,8 +49,7 @@ def above(a: Tensor, b: Tensor) -> float:
     return (below.double().mean() / (2 * len(b))).item()
 
 
-def _mean_attention(qk: Sequence[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
-    """(B, T, T): the last layer's weights over real keys, mean over heads."""
-    q, k = qk[-1]
-    scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, T, T)
-    return scores.masked_fill(~mask[:, None, None, :], float("-inf")).softmax(-1).mean(dim=1)
+def _mean_attention(q: Tensor, k: Tensor) -> Tensor:
+    """(T, T): mean over heads of the weights of one text's queries and keys (T, H, D)."""
+    scores = q.movedim(1, 0) @ k.movedim(1, 0).mT / q.shape[-1] ** 0.5  # (H, T, T)
+    return scores.softmax(-1).mean(dim=0)

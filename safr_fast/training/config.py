@@ -20,6 +20,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "sst2": {"epochs": 100, "max_len": 0, "lambda_importance": 1.0, "lambda_interaction": 0.1},
     "imdb": {"epochs": 100, "max_len": 256, "lambda_importance": 0.01, "lambda_interaction": 0.01},
 }
+# About as many reviews of IMDB as the released batch of 32 has.
+_FULL_LENGTH: dict[str, Any] = {"max_len": 0, "batch_tokens": 8192}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class TrainConfig:
     """Of the generated reviews, and of IMDB's development split."""
     max_len: int | None = None
     """Tokens kept of each text; 0: all. By default 256 for imdb and all for the others."""
+    full_length: bool = False
+    """Cut no text, and make batches by tokens: the same as --max-len 0 --batch-tokens 8192."""
     lambda_importance: float | None = None
     """Weight of the importance term; 0 turns it off. By default 1 for sst2, 0.01 for imdb, 0.1 for synthetic."""
     lambda_interaction: float | None = None
@@ -76,6 +80,10 @@ class TrainConfig:
     """Of Adam."""
     batch_size: int = 32
     """Texts in a batch; texts of similar length go together."""
+    batch_tokens: int | None = None
+    """Instead of --batch-size: tokens in a batch, at most. Each text of an epoch then weighs the same."""
+    accumulate: int = 1
+    """Batches that each process adds up for one step, as if they were one."""
     epochs: int | None = None
     """At most; by default 100, for synthetic 15."""
     patience: int = 3
@@ -86,6 +94,12 @@ class TrainConfig:
     """auto: the GPU if there is one."""
     threads: int | None = None
     """CPU threads; PyTorch's own choice by default."""
+    bf16: bool = False
+    """Matrix products and both terms in bfloat16, by autocast; weights stay in float32."""
+    compile: bool = False
+    """Training steps through torch.compile."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints, at which --resume goes on; the end of an epoch is one too."""
     log_every: int = 50
     """Steps between two records in metrics.jsonl."""
     out: Path | None = None
@@ -94,10 +108,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.model.check()
-        for name in ("batch_size", "epochs", "patience", "log_every", "threads"):
+        for name in (
+            "batch_size",
+            "batch_tokens",
+            "accumulate",
+            "epochs",
+            "patience",
+            "log_every",
+            "threads",
+            "checkpoint_every",
+        ):
             _at_least(self, name, 1)
         for name in ("seed", "data_seed", "max_len"):
             _at_least(self, name, 0)
+        if self.full_length and self.max_len:
+            raise OptionError(f"full_length cuts no text, but max_len is {self.max_len}: give one of the two")
         for name in ("lambda_importance", "lambda_interaction"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -107,7 +132,8 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """The same with the data set's own values for what was left open."""
-        own = {name: _OWN[self.dataset][name] for name in _OWN[self.dataset] if getattr(self, name) is None}
+        values = _OWN[self.dataset] | (_FULL_LENGTH if self.full_length else {})
+        own = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **own)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,33 +1,39 @@
 """What is measured: in training on every batch, in evaluation on a whole split."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safr_fast.data.batches import Batch, EncodedSplit, by_length
+from safr_fast.integrations.distributed import ALONE, Processes
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig, Variant
 from safr_fast.training.errors import RunError
 
-_EVALUATION_BATCH = 64
+_EVALUATION_TOKENS = 8192
+
+Sum = tuple[float, int]
+"""A weighted sum, and the sum of the weights."""
 
 
 class Means:
     """Means of named values over batches, summed where the values are, so that a GPU is not waited for.
 
-    ``variant``: of the regularisers; it says what their values are means over.
+    Args:
+        variant: of the regularisers; it says what their values are means over.
+        begun: what :meth:`collected` gave, to go on from.
     """
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, begun: Mapping[str, Sum] | None = None) -> None:
         self._importance_is_per_token = variant == "released"
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor | int] = {}
+        self._sums: dict[str, Tensor | float] = {name: total for name, (total, _) in (begun or {}).items()}
+        self._weights: dict[str, int] = {name: weight for name, (_, weight) in (begun or {}).items()}
 
-    def add(self, values: Mapping[str, Tensor | None], weight: Tensor | int) -> None:
+    def add(self, values: Mapping[str, Tensor | None], weight: int) -> None:
         """``weight``: what each value is a mean over, for example samples. None: not measured."""
         for name, value in values.items():
             if value is not None:
@@ -36,23 +42,37 @@ class Means:
 
     def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
         """The terms, the accuracy, and the mean gate over real tokens."""
-        tokens = batch.mask.sum()
+        tokens = len(batch.ids)
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
         self.add({"accuracy": accuracy}, len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
             self.add({name: value}, tokens if per_token else len(batch.rows))
         if output.gate is not None:
-            self.add({"gate": output.gate.where(batch.mask, 0).sum() / tokens.clamp(min=1)}, tokens)
+            self.add({"gate": output.gate.sum() / max(tokens, 1)}, tokens)
 
-    def read(self) -> dict[str, float]:
-        return {name: float(total) / max(float(self._weights[name]), 1.0) for name, total in self._sums.items()}
+    def collected(self, team: Processes = ALONE) -> dict[str, Sum]:
+        """Sums and their weights over all processes."""
+        own = {name: (float(total), self._weights[name]) for name, total in self._sums.items()}
+        everyone = team.gather(own)
+        names = dict.fromkeys(name for sums in everyone for name in sums)
+        return {name: _added(sums[name] for sums in everyone if name in sums) for name in names}
+
+    def read(self, team: Processes = ALONE) -> dict[str, float]:
+        return {name: total / max(weight, 1) for name, (total, weight) in self.collected(team).items()}
 
 
-def forward(model: TransformerClassifier, loss: SAFRLoss, batch: Batch) -> tuple[ClassifierOutput, LossParts]:
-    output: ClassifierOutput = model(batch.ids, batch.mask)
-    parts = loss(output.logits, batch.labels, hidden=output.hidden, qk=output.qk, mask=batch.mask, return_parts=True)
-    return output, parts
+def _added(sums: Iterable[Sum]) -> Sum:
+    totals, weights = zip(*sums, strict=True)
+    return sum(totals), sum(weights)
+
+
+def forward(model: nn.Module, loss: SAFRLoss, batch: Batch, bf16: bool = False) -> tuple[ClassifierOutput, LossParts]:
+    """``model``: a classifier, compiled or spread over processes or not; its output and the loss of a batch."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
+        output: ClassifierOutput = model(batch.ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        terms = {"hidden": output.hidden, "qk": output.qk, "cu_seqlens": batch.cu_seqlens}
+        return output, loss(output.logits, batch.labels, **terms, return_parts=True)
 
 
 def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]:
@@ -69,22 +89,29 @@ def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]
 
 
 def evaluate(
-    model: TransformerClassifier, split: EncodedSplit, config: TrainConfig, agreement: Agreement | None = None
+    model: TransformerClassifier,
+    split: EncodedSplit,
+    config: TrainConfig,
+    team: Processes = ALONE,
+    agreement: Agreement | None = None,
 ) -> dict[str, float]:
-    """Accuracy, mean gate, cross-entropy and both regularisers, whatever their weights, in evaluation mode."""
+    """Accuracy, mean gate, cross-entropy and both regularisers, whatever their weights, in evaluation mode.
+
+    The batches are shared out among the processes of ``team``; ``agreement`` gets to see this process's share.
+    """
     loss = SAFRLoss(1.0, 1.0, variant=config.variant, impl=config.impl)
     device = model.classify.weight.device
     means = Means(config.variant)
     model.eval()
     with torch.inference_mode():
-        for rows in by_length(split.lengths, _EVALUATION_BATCH):
+        for rows in by_length(split.lengths, _EVALUATION_TOKENS)[team.rank :: team.count]:
             batch = split.batch(rows).to(device)
-            output, parts = forward(model, loss, batch)
+            output, parts = forward(model, loss, batch, config.bf16)
             terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
             means.add_batch(batch, output, terms)
             if agreement is not None:
                 agreement.add(batch, output)
-    return means.read()
+    return means.read(team)
 
 
 def check_finite(measured: Mapping[str, float], where: str) -> None:

@@ -21,6 +21,17 @@ def epoch(record: Mapping[str, Any], seconds_left: float | None) -> str:
     return " | ".join(parts)
 
 
+def progress(epoch: int, done: int, tokens: int, speed: float) -> str:
+    """Within an epoch. ``speed``: tokens per second."""
+    left = duration((tokens - done) / speed)
+    return f"epoch {epoch:3d} | {done / tokens:4.0%} of {tokens:,} tokens | {speed:,.0f} tokens/s | {left} left of it"
+
+
+def peak_memory(peaks: Mapping[str, int]) -> str:
+    """Bytes of the process and of each device."""
+    return "peak memory: " + ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in peaks.items())
+
+
 def result(
     best_epoch: int, epochs: int, dev: Mapping[str, float], test: Mapping[str, float], agreement: Mapping[str, float]
 ) -> str:
