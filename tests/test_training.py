@@ -37,7 +37,7 @@ SIZES = {"train": 100, "dev": 40, "test": 40}
 
 @pytest.fixture(autouse=True)
 def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bool) -> Corpus:
+    def load(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bool, imdb_dev: str) -> Corpus:
         return synthetic(seed, SIZES)
 
     monkeypatch.setattr(loop.data, "load", load)

@@ -32,6 +32,7 @@ class TransformerClassifier(nn.Module):
         dim, heads, feedforward, layers, dropout: sizes, by default the released ones. Dropout acts after positions,
             on the attention's output and on the feed-forward's.
         gate: module that maps embeddings (B, T, E) to a gate (B, T) that multiplies them; None: no gate.
+        pads_count: the mean is over all T positions, pads too, as in the released code.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class TransformerClassifier(nn.Module):
         layers: int = 1,
         dropout: float = 0.1,
         gate: nn.Module | None = None,
+        pads_count: bool = False,
     ) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"dim must be even, since positions are sine and cosine pairs, got {dim}")
         self.embedding = nn.Embedding(vocabulary, dim)
         self.gate = gate
+        self.pads_count = pads_count
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, feedforward, dropout) for _ in range(layers))
         self.classify = nn.Linear(dim, classes)
@@ -68,7 +71,8 @@ class TransformerClassifier(nn.Module):
         for layer in self.layers:
             x, q, k = layer(x, keys)
             qk.append((q, k))
-        return ClassifierOutput(self.classify(mean_of_real(x, mask)), hidden, tuple(qk), gate)
+        pooled = mean_of_real(x, None if self.pads_count else mask)
+        return ClassifierOutput(self.classify(pooled), hidden, tuple(qk), gate)
 
 
 class SAFRClassifier(TransformerClassifier):
@@ -85,6 +89,7 @@ class SAFRClassifier(TransformerClassifier):
         layers: int = 1,
         dropout: float = 0.1,
         mask_hidden: int = 1024,
+        pads_count: bool = False,
     ) -> None:
         super().__init__(
             vocabulary,
@@ -95,6 +100,7 @@ class SAFRClassifier(TransformerClassifier):
             layers=layers,
             dropout=dropout,
             gate=VMASK(dim, mask_hidden),
+            pads_count=pads_count,
         )
 
 

@@ -1,4 +1,4 @@
-"""The training loop: epochs, early stopping on development accuracy, the best epoch restored and tested."""
+"""The training loop: epochs, early stopping on development accuracy, the protocol's epoch restored and tested."""
 
 import dataclasses
 import re
@@ -16,20 +16,28 @@ from tqdm import tqdm
 from safr_fast import data
 from safr_fast.data.batches import EncodedSplit, epoch_seed, shuffled_buckets
 from safr_fast.data.vocabulary import Vocabulary
-from safr_fast.loss import SAFRLoss
 from safr_fast.ops.dispatch import resolve
 from safr_fast.training import report as lines
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
-from safr_fast.training.measure import Means, check_finite, evaluate, forward, training_terms
+from safr_fast.training.measure import (
+    Means,
+    build_loss,
+    check_finite,
+    evaluate,
+    forward,
+    gradient_norms,
+    training_terms,
+)
 from safr_fast.training.model import build_model
+from safr_fast.training.protocol import PROTOCOLS
 from safr_fast.training.run import Progress, RunFolder, place, write_json
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. ``dev``, ``test``: accuracy, cross-entropy and regularisers of the restored best epoch."""
+    """What a run came to. ``dev``, ``test``: accuracy, cross-entropy and regularisers of the tested epoch."""
 
     out: Path
     epochs: int
@@ -47,7 +55,7 @@ class TrainResult:
 def train(
     config: TrainConfig | None = None, *, resume: bool = False, report: Callable[[str], None] = print
 ) -> TrainResult:
-    """Train, restore the best epoch, test it. A run that cannot start writes nothing.
+    """Train, restore the epoch that the protocol tests, test it. A run that cannot start writes nothing.
 
     Args:
         config: the run; the defaults if None.
@@ -68,8 +76,15 @@ def train(
     else:
         with _settings(config) as device:
             result = _Run(config, folder, device, report).go()
-    report(lines.result(result.best_epoch, result.epochs, result.dev, result.test, result.agreement))
+    last = PROTOCOLS[config.protocol].tests_last_epoch
+    report(lines.result(result.best_epoch, result.epochs, last, result.dev, result.test, result.agreement))
     return result
+
+
+def load_corpus(config: TrainConfig) -> data.Corpus:
+    """The data that a run trains and tests on."""
+    split = PROTOCOLS[config.protocol].imdb_dev
+    return data.load(config.dataset, config.data_dir, seed=config.data_seed, all_rows=config.all_rows, imdb_dev=split)
 
 
 class _Run:
@@ -80,21 +95,18 @@ class _Run:
     ) -> None:
         resolve(config.impl, device.type, torch.float32)
         self.config, self.folder, self.device, self.report = config, folder, device, report
-        corpus = data.load(config.dataset, config.data_dir, seed=config.data_seed, all_rows=config.all_rows)
+        self.protocol = PROTOCOLS[config.protocol]
+        corpus = load_corpus(config)
         self.vocabulary = Vocabulary.of(corpus.train.texts)
         self.train, self.dev, self.test = (
-            EncodedSplit.of(split, self.vocabulary, config.max_len or None)
+            EncodedSplit.of(split, self.vocabulary, config.max_len or None, width=self.protocol.width(config.max_len))
             for split in (corpus.train, corpus.dev, corpus.test)
         )
         self.truth = corpus.test.truth
-        self.loss = SAFRLoss(
-            cast(float, config.lambda_importance),
-            cast(float, config.lambda_interaction),
-            variant=config.variant,
-            impl=config.impl,
-        )
+        self.loss = build_loss(config, cast(float, config.lambda_importance), cast(float, config.lambda_interaction))
         torch.manual_seed(epoch_seed(config.seed, 0))
-        self.model = build_model(len(self.vocabulary), config.model).to(device)
+        model = build_model(len(self.vocabulary), config.model, pads_count=self.protocol.pads_count)
+        self.model = model.to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
         self.epochs = cast(int, config.epochs)
         self.progress = Progress()
@@ -127,27 +139,32 @@ class _Run:
         started = time.perf_counter()
         # All randomness of an epoch follows from the seed and its number, so that a resumed run repeats it.
         torch.manual_seed(epoch_seed(self.config.seed, epoch))
-        order = shuffled_buckets(self.train.lengths, self.config.batch_size, self.config.seed, epoch)
-        whole, recent, step = Means(self.config.variant), Means(self.config.variant), self.progress.step
+        order = shuffled_buckets(self.train.widths, self.config.batch_size, self.config.seed, epoch)
+        whole, recent, step = self._means(), self._means(), self.progress.step
         self.model.train()
         for rows in tqdm(order, f"epoch {epoch}", leave=False, unit="step", disable=None):
             batch = self.train.batch(rows).to(self.device)
-            output, parts = forward(self.model, self.loss, batch)
+            output, parts = forward(self.model, self.loss, batch, self.protocol)
             self.optimizer.zero_grad()
+            logged = (step + 1) % self.config.log_every == 0
+            norms = gradient_norms(self.loss, parts, self.model) if logged and self.config.log_gradients else {}
             parts.total.backward()
             self.optimizer.step()
             step += 1
             terms = training_terms(self.loss, parts)
             for means in (whole, recent):
                 means.add_batch(batch, output, terms)
-            if step % self.config.log_every == 0:
-                latest = recent.read()
+            if logged:
+                latest = recent.read() | norms
                 check_finite(latest, f"training, steps up to {step}")
                 self.folder.append_metrics({"event": "step", "epoch": epoch, "step": step, "train": latest})
-                recent = Means(self.config.variant)
+                recent = self._means()
         trained = whole.read()
         check_finite(trained, f"training, epoch {epoch}")
         self._close_epoch(epoch, step, trained, time.perf_counter() - started)
+
+    def _means(self) -> Means:
+        return Means(self.config.variant, pads_count=self.protocol.pads_count)
 
     def _close_epoch(self, epoch: int, step: int, trained: dict[str, float], seconds: float) -> None:
         started = time.perf_counter()
@@ -175,7 +192,7 @@ class _Run:
         }
         self.folder.append_metrics(record)
         # The weights go first: a kill between the two repeats the epoch and writes the same weights again.
-        if best:
+        if best or self.protocol.tests_last_epoch:
             self.folder.save_model(_on_cpu(self.model.state_dict()))
         self.folder.save_state(self._tensors(), self.progress)
         left = (self.epochs - epoch) * self.progress.seconds / epoch if self._goes_on() else None

@@ -12,6 +12,7 @@ from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig, Variant
 from safr_fast.training.errors import RunError
+from safr_fast.training.protocol import PROTOCOLS, Protocol
 
 _EVALUATION_BATCH = 64
 
@@ -19,11 +20,12 @@ _EVALUATION_BATCH = 64
 class Means:
     """Means of named values over batches, summed where the values are, so that a GPU is not waited for.
 
-    ``variant``: of the regularisers; it says what their values are means over.
+    ``variant`` of the regularisers, and whether pads count in them, say what their values are means over.
     """
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, *, pads_count: bool = False) -> None:
         self._importance_is_per_token = variant == "released"
+        self._pads_count = pads_count
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor | int] = {}
 
@@ -37,11 +39,12 @@ class Means:
     def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
         """The terms, the accuracy, and the mean gate over real tokens."""
         tokens = batch.mask.sum()
+        counted = batch.mask.numel() if self._pads_count else tokens
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
         self.add({"accuracy": accuracy}, len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
-            self.add({name: value}, tokens if per_token else len(batch.rows))
+            self.add({name: value}, counted if per_token else len(batch.rows))
         if output.gate is not None:
             self.add({"gate": output.gate.where(batch.mask, 0).sum() / tokens.clamp(min=1)}, tokens)
 
@@ -49,10 +52,36 @@ class Means:
         return {name: float(total) / max(float(self._weights[name]), 1.0) for name, total in self._sums.items()}
 
 
-def forward(model: TransformerClassifier, loss: SAFRLoss, batch: Batch) -> tuple[ClassifierOutput, LossParts]:
+def build_loss(config: TrainConfig, lambda_importance: float, lambda_interaction: float) -> SAFRLoss:
+    """A run's loss under these weights. The scale is the model's own, whatever a protocol adds to queries and keys."""
+    scale = math.sqrt(config.model.heads / config.model.dim)
+    return SAFRLoss(lambda_importance, lambda_interaction, variant=config.variant, scale=scale, impl=config.impl)
+
+
+def forward(
+    model: TransformerClassifier, loss: SAFRLoss, batch: Batch, protocol: Protocol
+) -> tuple[ClassifierOutput, LossParts]:
     output: ClassifierOutput = model(batch.ids, batch.mask)
-    parts = loss(output.logits, batch.labels, hidden=output.hidden, qk=output.qk, mask=batch.mask, return_parts=True)
+    parts = loss(output.logits, batch.labels, **protocol.regularised(output, batch.mask), return_parts=True)
     return output, parts
+
+
+def gradient_norms(loss: SAFRLoss, parts: LossParts, model: TransformerClassifier) -> dict[str, float]:
+    """Norm of the gradient of each term, over all parameters; regularisers before and after their weights.
+
+    The graph is kept: the step's own backward pass comes after.
+    """
+    parameters = list(model.parameters())
+    norms = {}
+    terms = (("cross_entropy", parts.task, None), ("importance", parts.importance, loss.lambda_importance))
+    for name, term, weight in (*terms, ("interaction", parts.interaction, loss.lambda_interaction)):
+        if term is not None:
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item()
+            norms[f"gradient_{name}"] = norm
+            if weight is not None:
+                norms[f"gradient_{name}_weighted"] = weight * norm
+    return norms
 
 
 def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]:
@@ -72,14 +101,15 @@ def evaluate(
     model: TransformerClassifier, split: EncodedSplit, config: TrainConfig, agreement: Agreement | None = None
 ) -> dict[str, float]:
     """Accuracy, mean gate, cross-entropy and both regularisers, whatever their weights, in evaluation mode."""
-    loss = SAFRLoss(1.0, 1.0, variant=config.variant, impl=config.impl)
+    loss = build_loss(config, 1.0, 1.0)
+    protocol = PROTOCOLS[config.protocol]
     device = model.classify.weight.device
-    means = Means(config.variant)
+    means = Means(config.variant, pads_count=protocol.pads_count)
     model.eval()
     with torch.inference_mode():
         for rows in by_length(split.lengths, _EVALUATION_BATCH):
             batch = split.batch(rows).to(device)
-            output, parts = forward(model, loss, batch)
+            output, parts = forward(model, loss, batch, protocol)
             terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
             means.add_batch(batch, output, terms)
             if agreement is not None:
