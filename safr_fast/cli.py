@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from safr_fast.data import DataUnavailable, check
@@ -13,9 +14,14 @@ from safr_fast.errors import BackendUnavailable
 from safr_fast.training.errors import OptionError, RunError
 
 if TYPE_CHECKING:
+    from safr_fast.evaluation.config import EvaluationConfig
     from safr_fast.training import TrainConfig
 
-_EXTRA = ("tyro", "tqdm", "safetensors")
+_EXTRA = {
+    "train": ("tyro", "tqdm", "safetensors"),
+    "evaluation": ("captum", "scipy"),
+    "report": ("jinja2", "matplotlib", "networkx"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _parse(arguments)()
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        extra = next((extra for extra, names in _EXTRA.items() if error.name in names), None)
+        if extra is None:
             raise
-        _fail(f'{error.name} is not installed: pip install "safr-fast[train]"')
+        _fail(f'{error.name} is not installed: pip install "safr-fast[{extra}]"')
     except (BackendUnavailable, DataUnavailable, OptionError, OSError, RunError) as error:
         _fail(str(error))
 
@@ -40,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: list[str]) -> Callable[[], None]:
     import tyro
 
+    from safr_fast.evaluation.config import EvaluationConfig
     from safr_fast.training import TrainConfig
 
     def train(
@@ -69,12 +77,34 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         """
         return partial(_train, config, resume)
 
+    def evaluate(
+        run: tyro.conf.Positional[Path],
+        config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig(),  # noqa: B008, it is frozen
+        data_dir: Path | None = None,
+    ) -> Callable[[], None]:
+        """Measure how faithful a run's model is to its words: SRS, AOPC and others, for every ranker.
+
+        Prints a table, and writes evaluation.json into the run's folder.
+
+        For example:
+
+        safr-fast evaluate runs/sst2-1
+
+        safr-fast evaluate runs/imdb-1 --k 30 --texts 2000 --gradients
+
+        Args:
+            run: Folder of a run of safr-fast train.
+            config: How it is evaluated.
+            data_dir: Folder with the data set's files, if it is no longer where the run was trained from.
+        """
+        return partial(_evaluate, run, config, data_dir)
+
     def env() -> Callable[[], None]:
         """Show versions, back ends with the reason for each, devices and threads; useful in a bug report."""
         return _env
 
     return tyro.extras.subcommand_cli_from_dict(
-        {"train": train, "env": env},
+        {"train": train, "evaluate": evaluate, "env": env},
         prog="safr-fast",
         description="Exact, cheap SAFR regularisers for PyTorch transformers.",
         args=arguments,
@@ -103,6 +133,14 @@ def _train(config: "TrainConfig", resume: bool) -> None:
         command = f"safr-fast train --out {shlex.quote(str(config.out))} --resume"
         print(f"\ninterrupted; to go on after the last whole epoch: {command}", file=sys.stderr)
         sys.exit(130)
+
+
+def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None) -> None:
+    from safr_fast.evaluation.run import FILE, evaluate_run
+    from safr_fast.evaluation.table import table
+
+    print(table(evaluate_run(run, config, data_dir=data_dir)))
+    print(f"\nwritten: {run / FILE}")
 
 
 def _fail(message: str) -> NoReturn:
