@@ -15,6 +15,7 @@ from safr_fast.training.errors import OptionError, RunError
 
 if TYPE_CHECKING:
     from safr_fast.evaluation.config import EvaluationConfig
+    from safr_fast.reproduction.config import ReproductionConfig, Target
     from safr_fast.training import TrainConfig
 
 _EXTRA = {
@@ -48,6 +49,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     import tyro
 
     from safr_fast.evaluation.config import EvaluationConfig
+    from safr_fast.reproduction.config import ReproductionConfig, Target
     from safr_fast.training import TrainConfig
 
     def train(
@@ -99,12 +101,54 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         """
         return partial(_evaluate, run, config, data_dir)
 
+    def reproduce(
+        target: tyro.conf.Positional[Target],
+        config: Annotated[ReproductionConfig, tyro.conf.arg(name="")] = ReproductionConfig(),  # noqa: B008, it is frozen
+    ) -> Callable[[], None]:
+        """Make a table or figure of the paper: train and evaluate what is missing, set it beside the paper's figures.
+
+        Writes JSON and Markdown after every run; what is done is not done again.
+
+        For example:
+
+        safr-fast reproduce table2 --data-dir data/sst2 --seeds 5
+
+        safr-fast reproduce table1 --dataset synthetic --seeds 2 --rows baseline 0.1,0.1
+
+        Args:
+            target: table1, table2, table3 or figure3.
+            config: Which runs it is made of.
+        """
+        return partial(_reproduce, target, config)
+
+    def report(
+        run: tyro.conf.Positional[Path],
+        text: tuple[str, ...] = (),
+        data_dir: Path | None = None,
+    ) -> Callable[[], None]:
+        """Write one page of HTML that shows what a run's model does with words; it needs no network to open.
+
+        Writes report.html and figures/*.svg into the run's folder. What safr-fast evaluate left there is shown too.
+
+        For example:
+
+        safr-fast report runs/sst2-1
+
+        safr-fast report runs/sst2-1 --text "a fine film , never dull ."
+
+        Args:
+            run: Folder of a run of safr-fast train.
+            text: Texts to look into; by default one of each class from the test split.
+            data_dir: Folder with the data set's files, if it is no longer where the run was trained from.
+        """
+        return partial(_report, run, text, data_dir)
+
     def env() -> Callable[[], None]:
         """Show versions, back ends with the reason for each, devices and threads; useful in a bug report."""
         return _env
 
     return tyro.extras.subcommand_cli_from_dict(
-        {"train": train, "evaluate": evaluate, "env": env},
+        {"train": train, "evaluate": evaluate, "reproduce": reproduce, "report": report, "env": env},
         prog="safr-fast",
         description="Exact, cheap SAFR regularisers for PyTorch transformers.",
         args=arguments,
@@ -141,6 +185,20 @@ def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None) -> N
 
     print(table(evaluate_run(run, config, data_dir=data_dir)))
     print(f"\nwritten: {run / FILE}")
+
+
+def _reproduce(target: "Target", config: "ReproductionConfig") -> None:
+    check(config.dataset, config.data_dir)
+    from safr_fast.reproduction.run import reproduce
+
+    print(reproduce(target, config, report=partial(print, flush=True)))
+
+
+def _report(run: Path, texts: Sequence[str], data_dir: Path | None) -> None:
+    from safr_fast.report.page import report_run
+
+    written = report_run(run, texts, data_dir=data_dir)
+    print(f"written: {written.page} and the figures in {written.figures}")
 
 
 def _fail(message: str) -> NoReturn:

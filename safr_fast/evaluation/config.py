@@ -1,6 +1,8 @@
 """What an evaluation is told."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from safr_fast.training.errors import OptionError
 
@@ -13,6 +15,8 @@ class EvaluationConfig:
     """Per cents of a text's words to delete; AOPC is the mean over them."""
     draws: int = 5
     """Random deletions that the control is the mean of."""
+    rankers: tuple[str, ...] = ()
+    """Names of those to measure, such as capacity:ffn1_pre and vmask; all by default."""
     gradients: bool = False
     """Also rank by gradient x input and by integrated gradients; needs captum."""
     sufficiency: bool = True
@@ -32,3 +36,8 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise OptionError(f"{name} must be at least {bound}, got {value!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they come back from a file."""
+        values = dataclasses.asdict(self)
+        return values | {"k": list(self.k), "rankers": list(self.rankers)}

@@ -18,8 +18,9 @@ from safr_fast.evaluation.predictor import Predictor
 from safr_fast.evaluation.rankers import Scores, score
 from safr_fast.evaluation.statistics import bootstrap, paired_test
 from safr_fast.training import load_run
+from safr_fast.training.errors import OptionError
 from safr_fast.training.loop import load_corpus
-from safr_fast.training.run import RunFolder, write_json
+from safr_fast.training.run import write_json
 
 FILE = "evaluation.json"
 RANDOM = "random"
@@ -32,8 +33,10 @@ _SHORT = 24
 Item = TypeVar("Item")
 
 
-def evaluate_run(run: Path, config: EvaluationConfig | None = None, *, data_dir: Path | None = None) -> dict[str, Any]:
-    """Evaluate a run on its test split, and write ``evaluation.json`` into its folder.
+def evaluate_run(
+    run: Path, config: EvaluationConfig | None = None, *, data_dir: Path | None = None, file: str = FILE
+) -> dict[str, Any]:
+    """Evaluate a run on its test split, and write the result into its folder.
 
     Raises:
         RunError: no such run, or one without a finished epoch.
@@ -48,11 +51,11 @@ def evaluate_run(run: Path, config: EvaluationConfig | None = None, *, data_dir:
     predictor = Predictor(model, vocabulary, trained)
     scores = score(model, predictor.encode(split.texts), gradients=config.gradients, progress=_bar("scores"))
     result = {
-        "config": dataclasses.asdict(config),
+        "config": config.to_json(),
         "run": {name: value for name, value in trained.to_json().items() if name not in ("data_dir", "out")},
         **evaluate_scores(predictor, split, scores, config),
     }
-    write_json(RunFolder(Path(run)).path / FILE, result)
+    write_json(Path(run) / file, result)
     return result
 
 
@@ -62,7 +65,12 @@ def evaluate_scores(
     """Accuracy, average capacities, and by ranker and k every measure with its interval."""
     texts = [text.split() for text in split.texts]
     labels = torch.tensor(split.labels)
+    capacities = average_capacity(scores)
     lengths = next(iter(scores.values()))
+    unknown = set(config.rankers) - set(scores)
+    if unknown:
+        raise OptionError(f"rankers must be among {', '.join(scores)}, got {', '.join(sorted(unknown))}")
+    scores = {name: scores[name] for name in config.rankers or scores}
     draws = {f"{RANDOM}/{i}": deletion.random_scores(lengths, config.seed * 1_000 + i) for i in range(config.draws)}
     measured = deletion.measure(
         predict, texts, labels, scores | draws, config.k, sufficiency=config.sufficiency, progress=_bar("deletion")
@@ -77,7 +85,7 @@ def evaluate_scores(
         "one_word_texts": sum(len(words) == 1 for words in texts),
         "accuracy": accuracy,
         "predicted_positive": _share_positive(predict(texts).argmax(1).double()),
-        "capacity": average_capacity(scores),
+        "capacity": capacities,
         "rankers": {name: _of_ranker(by_k, measured, config) for name, by_k in measured.items()},
         "normalised_aopc": _normalised(predict, texts, scores | draws, config),
     }
