@@ -38,6 +38,8 @@ class Text:
     places: tuple[str, ...]
     positive: float
     gated: bool
+    largest: tuple[float, ...]
+    """Capacity by place, of the word that has most."""
     graphs: dict[str, Figure]
     matrices: dict[str, Figure]
     strip: Figure
@@ -54,7 +56,7 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
     by_place = {place: capacity(h, batch.mask)[0, :length] for place, h in states.items()}
     gate = None if output.gate is None else output.gate[0, :length].double()
     importance = by_place["embedding"] if gate is None else gate
-    order = importance.argsort(descending=True, stable=True)
+    chosen = _distinct(words, importance.argsort(descending=True, stable=True).tolist())
     columns = torch.stack(list(by_place.values()), 1).tolist() if length else []
     rows = tuple(
         Word(
@@ -67,14 +69,15 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
     graphs, matrices = {}, {}
     for place, h in states.items():
         real = h[0, :length].double()
-        graphs[title(place)] = _graph(words, real, by_place[place], importance, order[:_GRAPH].sort().values)
-        matrices[title(place)] = _matrix(words, real, order[:_MATRIX].sort().values)
+        graphs[title(place)] = _graph(words, real, by_place[place], importance, sorted(chosen[:_GRAPH]))
+        matrices[title(place)] = _matrix(words, real, sorted(chosen[:_MATRIX]))
     shown = min(length, 60)
     return Text(
         words=rows,
         places=tuple(map(title, states)),
         positive=float(output.logits.double().softmax(1)[0, 1]),
         gated=gate is not None,
+        largest=tuple(max(column) for column in zip(*columns, strict=True)),
         graphs=graphs,
         matrices=matrices,
         strip=figures.capacities(words[:shown], {title(p): values[:shown].numpy() for p, values in by_place.items()}),
@@ -82,18 +85,26 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
     )
 
 
-def _graph(words: Sequence[str], h: Tensor, own: Tensor, importance: Tensor, chosen: Tensor) -> Figure:
+def _distinct(words: Sequence[str], order: list[int]) -> list[int]:
+    """Of a word that a text repeats, the place that comes first in the order."""
+    found: dict[str, int] = {}
+    for i in order:
+        found.setdefault(words[i], i)
+    return list(found.values())
+
+
+def _graph(words: Sequence[str], h: Tensor, own: Tensor, importance: Tensor, chosen: list[int]) -> Figure:
     part = h[chosen]
     return figures.allocation(
-        [words[i] for i in chosen.tolist()], (part @ part.T).numpy(), own[chosen].numpy(), importance[chosen].numpy()
+        [words[i] for i in chosen], (part @ part.T).numpy(), own[chosen].numpy(), importance[chosen].numpy()
     )
 
 
-def _matrix(words: Sequence[str], h: Tensor, chosen: Tensor) -> Figure:
+def _matrix(words: Sequence[str], h: Tensor, chosen: list[int]) -> Figure:
     """Polysemanticity counts the whole text, as it is defined, not the chosen words alone."""
     polysemanticity = functional.polysemanticity(h, impl="reference")[chosen]
     pairs = functional.interference(h[chosen])
-    return figures.interference([words[i] for i in chosen.tolist()], pairs.numpy(), polysemanticity.numpy())
+    return figures.interference([words[i] for i in chosen], pairs.numpy(), polysemanticity.numpy())
 
 
 def training(run: Path) -> dict[str, Figure]:

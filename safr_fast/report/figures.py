@@ -2,16 +2,17 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import networkx as nx
 import numpy as np
 from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 Points = Sequence[tuple[float, float, float, float]]
 """Of a curve: x, y, and the band's low and high."""
@@ -27,23 +28,28 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _WIDTH = 4.6
-_EDGES = 40
+_EDGES = 2
+# Black words are read on all of them.
+_LIGHT_GREENS = ListedColormap(mpl.colormaps["YlGn"](np.linspace(0, 0.65, 256)), "light greens")
 _SIGN = {True: "#b2182b", False: "#2166ac"}
 
 
+def _plain(value: float, _: float | None = None) -> str:
+    """A tick's label without formula markup."""
+    return f"{value:.4g}"
+
+
 def svg(figure: Figure) -> bytes:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # The viewer's fonts draw the text, not matplotlib's.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         file = io.BytesIO()
         figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
         return file.getvalue()
 
 
-def data_uri(figure: Figure) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()
-
-
-def save(figure: Figure, path: Path) -> None:
-    path.write_bytes(svg(figure))
+def data_uri(drawn: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn).decode()
 
 
 def curves(series: Mapping[str, Sequence[float]], y: str, *, log: bool = False) -> Figure:
@@ -57,6 +63,8 @@ def curves(series: Mapping[str, Sequence[float]], y: str, *, log: bool = False) 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_plain)
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if len(series) > 1:
             axes.legend()
         return figure
@@ -91,17 +99,17 @@ def capacities(words: Sequence[str], values: Mapping[str, np.ndarray]) -> Figure
 def allocation(words: Sequence[str], gram: np.ndarray, capacity: np.ndarray, importance: np.ndarray) -> Figure:
     """Words as circles, their area the capacity and their colour the importance; edges by sign of ``h_i · h_j``.
 
-    Only the strongest edges are drawn, and the shorter the stronger.
+    Of each word only the strongest edges are drawn; distances in the drawing follow the strength of every pair.
     """
-    strength = np.abs(gram - np.diag(np.diag(gram)))
-    largest = strength.max() or 1.0
-    pairs = np.argwhere(np.triu(strength, 1) > 0)
-    strongest = sorted(pairs.tolist(), key=lambda pair: -strength[pair[0], pair[1]])[:_EDGES]
-    graph = nx.Graph()
-    graph.add_nodes_from(range(len(words)))
-    graph.add_weighted_edges_from((i, j, float(strength[i, j] / largest)) for i, j in strongest)
-    place = nx.spring_layout(graph, seed=0, k=2.2 / max(len(words), 1) ** 0.5, iterations=200)
-    xy = np.array([place[i] for i in range(len(words))])
+    n = len(words)
+    strength = np.abs(gram * ~np.eye(n, dtype=bool))
+    strength = np.sqrt(strength / (strength.max() if strength.any() else 1.0))
+    nearest = np.argsort(-strength, axis=1, kind="stable")[:, :_EDGES]
+    pairs = {(min(i, j), max(i, j)) for i in range(n) for j in nearest[i].tolist() if strength[i, j] > 0}
+    strongest = sorted(pairs)
+    distance = {i: {j: 1.2 - strength[i, j] if i != j else 0.0 for j in range(n)} for i in range(n)}
+    place = nx.kamada_kawai_layout(nx.complete_graph(n), dist=distance)
+    xy = np.array([place[i] for i in range(n)])
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 4.2))
         axes = figure.subplots()
@@ -109,7 +117,7 @@ def allocation(words: Sequence[str], gram: np.ndarray, capacity: np.ndarray, imp
             LineCollection(
                 [(xy[i], xy[j]) for i, j in strongest],
                 colors=[_SIGN[bool(gram[i, j] > 0)] for i, j in strongest],
-                linewidths=[0.4 + 2.2 * float(strength[i, j] / largest) for i, j in strongest],
+                linewidths=[0.4 + 2.2 * float(strength[i, j]) for i, j in strongest],
                 alpha=0.55,
                 zorder=1,
             )
@@ -119,7 +127,7 @@ def allocation(words: Sequence[str], gram: np.ndarray, capacity: np.ndarray, imp
             xy[:, 1],
             s=25 + 500 * capacity,
             c=importance,
-            cmap="YlGn",
+            cmap=_LIGHT_GREENS,
             vmin=0,
             vmax=1,
             edgecolors="0.4",
@@ -140,14 +148,17 @@ def interference(words: Sequence[str], values: np.ndarray, polysemanticity: np.n
         figure = Figure(figsize=(1.45 * size, size))
         matrix, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
         shown = np.where(np.eye(len(words), dtype=bool), np.nan, values)
-        image = matrix.imshow(shown, cmap="magma_r", norm=mpl.colors.PowerNorm(0.5, vmin=0), aspect="auto")
+        image = matrix.imshow(shown, cmap="magma_r", norm=PowerNorm(0.5, vmin=0), aspect="auto")
         matrix.set_yticks(range(len(words)), words)
         matrix.set_xticks(range(len(words)), words, rotation=90)
         matrix.tick_params(labelsize=7)
         bars.barh(range(len(words)), polysemanticity, color="#7a5195")
         bars.tick_params(labelleft=False, labelsize=7)
         bars.set_xlabel("polysemanticity", fontsize=8)
-        figure.colorbar(image, ax=matrix, location="top", shrink=0.8, label="interference", pad=0.02)
+        ticks = MaxNLocator(3)
+        figure.colorbar(
+            image, ax=matrix, location="top", shrink=0.8, label="interference", pad=0.02, ticks=ticks, format=_plain
+        )
         return figure
 
 

@@ -54,24 +54,25 @@ def report_run(run: Path, texts: Sequence[str] = (), *, data_dir: Path | None = 
     looked_into = [content.of_text(model, predictor, text) for text in texts if text.split()]
     stored = run / EVALUATION
     evaluation = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else None
-    drawn: dict[str, Figure] = {}
+    drawn: dict[str, bytes] = {}
 
     def uri(name: str, figure: Figure) -> str:
-        drawn[name] = figure
-        return figures.data_uri(figure)
+        drawn[name] = figures.svg(figure)
+        return figures.data_uri(drawn[name])
 
     def uris(prefix: str, named: dict[str, Figure]) -> dict[str, str]:
         return {name: uri(f"{prefix}-{name}", figure) for name, figure in named.items()}
 
     shown = []
     for i, text in enumerate(looked_into, 1):
-        drawn[f"text{i}-capacity"] = text.strip
+        drawn[f"text{i}-capacity"] = figures.svg(text.strip)
         shown.append(
             {
                 "words": text.words,
                 "places": text.places,
                 "positive": text.positive,
                 "gated": text.gated,
+                "largest": text.largest,
                 "outside": sum(not word.values for word in text.words),
                 "graphs": uris(f"text{i}-allocation", text.graphs),
                 "matrices": uris(f"text{i}-interference", text.matrices),
@@ -94,8 +95,8 @@ def report_run(run: Path, texts: Sequence[str] = (), *, data_dir: Path | None = 
     result = Report(run / FILE, run / FIGURES)
     write_atomically(result.page, lambda file: file.write_text(page, encoding="utf-8"))
     result.figures.mkdir(exist_ok=True)
-    for name, figure in drawn.items():
-        figures.save(figure, result.figures / f"{_file_name(name)}.svg")
+    for name, image in drawn.items():
+        (result.figures / f"{_file_name(name)}.svg").write_bytes(image)
     return result
 
 
