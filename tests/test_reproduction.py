@@ -121,7 +121,9 @@ def evaluation(accuracy: float, srs: float) -> dict[str, Any]:
         "comprehensiveness": [0.1, 0, 1],
     }
     names = ("capacity:ffn1_pre", "capacity:vmask", "random")
-    return {"texts": 1743, "accuracy": [accuracy, 0, 1], "rankers": {name: {"k": {"30": of_k}} for name in names}}
+    rankers = {name: {"k": {"30": of_k}} for name in names}
+    limits = {"rankers": {name: [0.6, 0, 1] for name in names}}
+    return {"texts": 1743, "accuracy": [accuracy, 0, 1], "rankers": rankers, "normalised_aopc": limits}
 
 
 def test_values_are_means_over_seeds_beside_the_papers_own() -> None:

@@ -58,7 +58,9 @@ def _values(target: Target, evaluations: Sequence[Mapping[str, Any]]) -> dict[st
         name: {k: _of_k([e["rankers"][name]["k"][k] for e in evaluations]) for k in ranker["k"]}
         for name, ranker in first["rankers"].items()
     }
-    return {"accuracy": accuracy, "rankers": by_k}
+    limits = [e["normalised_aopc"]["rankers"] for e in evaluations if e["normalised_aopc"]]
+    normalised = {name: _over(e[name][0] for e in limits) for name in first["normalised_aopc"].get("rankers", {})}
+    return {"accuracy": accuracy, "rankers": by_k, "normalised_aopc": normalised}
 
 
 def _of_k(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,14 +93,15 @@ def _table2(rows: Results) -> list[str]:
     lines = [
         "Per cents and points, 30 % of the words deleted; SRS by capacity before FFN1's ReLU, the place that comes "
         "nearest the paper's SRS, and by capacity of VMASK's output. *Positive*: share of the texts predicted positive "
-        "after the first; where it is near 0 or 100, SRS sits at the class prior.",
+        "after the first; where it is near 0 or 100, SRS sits at the class prior. *NAOPC*: AOPC between its limits, of "
+        "both, where it was asked for: 0 the worst order of words, 1 the best; this one compares models.",
         "",
         "| protocol | λ imp., inter. | seeds | accuracy | paper | random | paper | SRS FFN1 | paper | SRS VMASK "
-        "| positive |",
-        "| --- " * 11 + "|",
+        "| positive | NAOPC FFN1 | NAOPC VMASK |",
+        "| --- " * 13 + "|",
     ]
     for row in rows:
-        paper = row["paper"] or {}
+        paper, norm = row["paper"] or {}, row["normalised_aopc"]
         ffn1, vmask, random = (row["rankers"].get(name, {}).get("30") for name in (_FFN1, _VMASK, _RANDOM))
         cells = [
             row["protocol"],
@@ -112,6 +115,7 @@ def _table2(rows: Results) -> list[str]:
             paper.get("srs", ""),
             _cell(vmask["srs"]) if vmask else "",
             _cell(ffn1["predicted_positive"], 1),
+            *(_cell(norm[name], 3) if name in norm else "" for name in (_FFN1, _VMASK)),
         ]
         lines.append(_line(cells))
     return lines
