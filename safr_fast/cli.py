@@ -83,6 +83,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         run: tyro.conf.Positional[Path],
         config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig(),  # noqa: B008, it is frozen
         data_dir: Path | None = None,
+        device: str = "auto",
     ) -> Callable[[], None]:
         """Measure how faithful a run's model is to its words: SRS, AOPC and others, for every ranker.
 
@@ -98,8 +99,9 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             run: Folder of a run of safr-fast train.
             config: How it is evaluated.
             data_dir: Folder with the data set's files, if it is no longer where the run was trained from.
+            device: auto: the GPU if there is one.
         """
-        return partial(_evaluate, run, config, data_dir)
+        return partial(_evaluate, run, config, data_dir, device)
 
     def reproduce(
         target: tyro.conf.Positional[Target],
@@ -179,11 +181,11 @@ def _train(config: "TrainConfig", resume: bool) -> None:
         sys.exit(130)
 
 
-def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None) -> None:
+def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None, device: str) -> None:
     from safr_fast.evaluation.run import FILE, evaluate_run
     from safr_fast.evaluation.table import table
 
-    print(table(evaluate_run(run, config, data_dir=data_dir)))
+    print(table(evaluate_run(run, config, data_dir=data_dir, device=device)))
     print(f"\nwritten: {run / FILE}")
 
 

@@ -19,7 +19,7 @@ from safr_fast.evaluation.rankers import Scores, score
 from safr_fast.evaluation.statistics import bootstrap, paired_test
 from safr_fast.training import load_run
 from safr_fast.training.errors import OptionError
-from safr_fast.training.loop import load_corpus
+from safr_fast.training.loop import choose_device, load_corpus
 from safr_fast.training.run import write_json
 
 FILE = "evaluation.json"
@@ -34,7 +34,12 @@ Item = TypeVar("Item")
 
 
 def evaluate_run(
-    run: Path, config: EvaluationConfig | None = None, *, data_dir: Path | None = None, file: str = FILE
+    run: Path,
+    config: EvaluationConfig | None = None,
+    *,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    file: str = FILE,
 ) -> dict[str, Any]:
     """Evaluate a run on its test split, and write the result into its folder.
 
@@ -45,6 +50,7 @@ def evaluate_run(
     """
     config = config or EvaluationConfig()
     model, vocabulary, trained = load_run(run)
+    model = model.to(choose_device(device))
     if data_dir is not None:
         trained = dataclasses.replace(trained, data_dir=data_dir)
     split = _drawn(load_corpus(trained).test, config)

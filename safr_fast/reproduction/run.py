@@ -65,4 +65,4 @@ def _evaluated(target: Target, training: TrainConfig, config: ReproductionConfig
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored["config"] == evaluation.to_json():
             return dict(stored)
-    return evaluate_run(training.out, evaluation, data_dir=config.data_dir, file=name)
+    return evaluate_run(training.out, evaluation, data_dir=config.data_dir, device=config.device, file=name)

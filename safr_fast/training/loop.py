@@ -243,7 +243,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def _settings(config: TrainConfig) -> Iterator[torch.device]:
     """The run's device; its threads and random numbers, which are the caller's own again afterwards."""
-    device = _device(config.device)
+    device = choose_device(config.device)
     threads = torch.get_num_threads()
     try:
         if config.threads is not None:
@@ -254,7 +254,8 @@ def _settings(config: TrainConfig) -> Iterator[torch.device]:
         torch.set_num_threads(threads)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of that name, if it is there; ``auto``: the GPU if there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
