@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from safr_fast.data import DataUnavailable, check
@@ -13,9 +14,15 @@ from safr_fast.errors import BackendUnavailable
 from safr_fast.training.errors import OptionError, RunError
 
 if TYPE_CHECKING:
+    from safr_fast.evaluation.config import EvaluationConfig
+    from safr_fast.reproduction.config import ReproductionConfig, Target
     from safr_fast.training import TrainConfig
 
-_EXTRA = ("tyro", "tqdm", "safetensors")
+_EXTRA = {
+    "train": ("tyro", "tqdm", "safetensors"),
+    "evaluation": ("captum", "scipy"),
+    "report": ("jinja2", "matplotlib", "networkx"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _parse(arguments)()
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        extra = next((extra for extra, names in _EXTRA.items() if error.name in names), None)
+        if extra is None:
             raise
-        _fail(f'{error.name} is not installed: pip install "safr-fast[train]"')
+        _fail(f'{error.name} is not installed: pip install "safr-fast[{extra}]"')
     except (BackendUnavailable, DataUnavailable, OptionError, OSError, RunError) as error:
         _fail(str(error))
 
@@ -40,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: list[str]) -> Callable[[], None]:
     import tyro
 
+    from safr_fast.evaluation.config import EvaluationConfig
+    from safr_fast.reproduction.config import ReproductionConfig, Target
     from safr_fast.training import TrainConfig
 
     def train(
@@ -69,12 +79,78 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         """
         return partial(_train, config, resume)
 
+    def evaluate(
+        run: tyro.conf.Positional[Path],
+        config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = EvaluationConfig(),  # noqa: B008, it is frozen
+        data_dir: Path | None = None,
+        device: str = "auto",
+    ) -> Callable[[], None]:
+        """Measure how faithful a run's model is to its words: SRS, AOPC and others, for every ranker.
+
+        Prints a table, and writes evaluation.json into the run's folder.
+
+        For example:
+
+        safr-fast evaluate runs/sst2-1
+
+        safr-fast evaluate runs/imdb-1 --k 30 --texts 2000 --gradients
+
+        Args:
+            run: Folder of a run of safr-fast train.
+            config: How it is evaluated.
+            data_dir: Folder with the data set's files, if it is no longer where the run was trained from.
+            device: auto: the GPU if there is one.
+        """
+        return partial(_evaluate, run, config, data_dir, device)
+
+    def reproduce(
+        target: tyro.conf.Positional[Target],
+        config: Annotated[ReproductionConfig, tyro.conf.arg(name="")] = ReproductionConfig(),  # noqa: B008, it is frozen
+    ) -> Callable[[], None]:
+        """Make a table or figure of the paper: train and evaluate what is missing, set it beside the paper's figures.
+
+        Writes JSON and Markdown after every run; what is done is not done again.
+
+        For example:
+
+        safr-fast reproduce table2 --data-dir data/sst2 --seeds 5
+
+        safr-fast reproduce table1 --dataset synthetic --seeds 2 --rows baseline 0.1,0.1
+
+        Args:
+            target: table1, table2, table3 or figure3.
+            config: Which runs it is made of.
+        """
+        return partial(_reproduce, target, config)
+
+    def report(
+        run: tyro.conf.Positional[Path],
+        text: tuple[str, ...] = (),
+        data_dir: Path | None = None,
+    ) -> Callable[[], None]:
+        """Write one page of HTML that shows what a run's model does with words; it needs no network to open.
+
+        Writes report.html and figures/*.svg into the run's folder. What safr-fast evaluate left there is shown too.
+
+        For example:
+
+        safr-fast report runs/sst2-1
+
+        safr-fast report runs/sst2-1 --text "a fine film , never dull ."
+
+        Args:
+            run: Folder of a run of safr-fast train.
+            text: Texts to look into; by default one of each class from the test split.
+            data_dir: Folder with the data set's files, if it is no longer where the run was trained from.
+        """
+        return partial(_report, run, text, data_dir)
+
     def env() -> Callable[[], None]:
         """Show versions, back ends with the reason for each, devices and threads; useful in a bug report."""
         return _env
 
     return tyro.extras.subcommand_cli_from_dict(
-        {"train": train, "env": env},
+        {"train": train, "evaluate": evaluate, "reproduce": reproduce, "report": report, "env": env},
         prog="safr-fast",
         description="Exact, cheap SAFR regularisers for PyTorch transformers.",
         args=arguments,
@@ -103,6 +179,28 @@ def _train(config: "TrainConfig", resume: bool) -> None:
         command = f"safr-fast train --out {shlex.quote(str(config.out))} --resume"
         print(f"\ninterrupted; to go on after the last checkpoint: {command}", file=sys.stderr)
         sys.exit(130)
+
+
+def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None, device: str) -> None:
+    from safr_fast.evaluation.run import FILE, evaluate_run
+    from safr_fast.evaluation.table import table
+
+    print(table(evaluate_run(run, config, data_dir=data_dir, device=device)))
+    print(f"\nwritten: {run / FILE}")
+
+
+def _reproduce(target: "Target", config: "ReproductionConfig") -> None:
+    check(config.dataset, config.data_dir)
+    from safr_fast.reproduction.run import reproduce
+
+    print(reproduce(target, config, report=partial(print, flush=True)))
+
+
+def _report(run: Path, texts: Sequence[str], data_dir: Path | None) -> None:
+    from safr_fast.report.page import report_run
+
+    written = report_run(run, texts, data_dir=data_dir)
+    print(f"written: {written.page} and the figures in {written.figures}")
 
 
 def _fail(message: str) -> NoReturn:

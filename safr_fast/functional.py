@@ -29,11 +29,10 @@ import torch
 from torch import Tensor
 
 from safr_fast import arguments, reference
-from safr_fast.ops import dispatch
+from safr_fast.ops import dispatch, sequence_parallel
 from safr_fast.ops import importance as importance_op
 from safr_fast.ops import interaction as interaction_op
 from safr_fast.ops import row_energy as row_energy_op
-from safr_fast.ops import sequence_parallel
 from safr_fast.ops.dispatch import Impl
 
 if TYPE_CHECKING:

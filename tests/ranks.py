@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 import safr_fast as sf
 from safr_fast.data import Corpus, synthetic
-from safr_fast.data.batches import Batch
+from safr_fast.data.batches import Batch, PaddedBatch
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import SAFRClassifier
 from safr_fast.training import ModelConfig, TrainConfig, TrainResult, loop
@@ -21,7 +21,7 @@ TINY = ModelConfig(dim=16, heads=2, feedforward=32, mask_hidden=16)
 SIZES = {"train": 100, "dev": 40, "test": 40}
 
 
-def small_corpus(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bool) -> Corpus:
+def small_corpus(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bool, imdb_dev: str) -> Corpus:
     return synthetic(seed, SIZES)
 
 
@@ -53,7 +53,7 @@ class Recording(loop.Means):
 
     rows: list[int] = []  # noqa: RUF012
 
-    def add_batch(self, batch: Batch, *arguments: Any) -> None:
+    def add_batch(self, batch: Batch | PaddedBatch, *arguments: Any) -> None:
         self.rows.extend(batch.rows)
         super().add_batch(batch, *arguments)
 

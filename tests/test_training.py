@@ -39,6 +39,7 @@ from safr_fast.training.agreement import Agreement, above
 from safr_fast.training.measure import evaluate
 from safr_fast.training.model import build_model
 from safr_fast.training.plan import Step, share, steps
+from safr_fast.training.protocol import MASKED
 from safr_fast.training.run import RunFolder, write_atomically, write_json
 
 
@@ -147,7 +148,7 @@ def test_measures_of_a_split_do_not_depend_on_the_evaluation_batch(
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_training_weighs_the_released_importance_by_tokens(variant: Any) -> None:
     """Two batches: one text of three tokens, and two texts of one."""
-    means = measure.Means(variant)
+    means = measure.Means(variant, MASKED)
     for lengths, importance in (([3], 1.0), ([1, 1], 2.0)):
         labels = torch.zeros(len(lengths), dtype=torch.int64)
         output = ClassifierOutput(torch.zeros(len(lengths), 2), torch.zeros(sum(lengths), 1), (), None)
@@ -222,7 +223,7 @@ def gradients(model: TransformerClassifier, split: EncodedSplit, planned: list[S
     for step in planned:
         for rows in step.batches:
             batch = split.batch(rows)
-            share(step, batch, loss, measure.forward(model, loss, batch)[1]).backward()
+            share(step, batch, loss, measure.forward(model, loss, batch, MASKED)[1]).backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -232,10 +233,10 @@ def test_accumulated_batches_are_one_step(
     trained: tuple[TransformerClassifier, EncodedSplit], batches: dict[str, int], variant: Any
 ) -> None:
     model, split = trained
-    planned = steps(split.lengths, TrainConfig(accumulate=1_000, **batches), 1)
+    planned = steps(split, TrainConfig(accumulate=1_000, **batches), 1)
     assert len(planned) == 1
     assert len(planned[0].batches) > 5
-    whole = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
+    whole = steps(split, TrainConfig(batch_size=len(split)), 1)
     pairs = zip(gradients(model, split, planned, variant), gradients(model, split, whole, variant), strict=True)
     for ours, expected in pairs:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
@@ -246,9 +247,9 @@ def test_every_text_weighs_the_same_in_an_epoch_of_batches_by_tokens(
     trained: tuple[TransformerClassifier, EncodedSplit], variant: Any
 ) -> None:
     model, split = trained
-    planned = steps(split.lengths, TrainConfig(batch_tokens=120), 1)
+    planned = steps(split, TrainConfig(batch_tokens=120), 1)
     assert len({len(step.batches[0]) for step in planned}) > 3
-    (whole,) = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
+    (whole,) = steps(split, TrainConfig(batch_size=len(split)), 1)
     pairs = zip(gradients(model, split, planned, variant), gradients(model, split, [whole], variant), strict=True)
     for ours, expected in pairs:
         torch.testing.assert_close(ours, len(planned) * expected, rtol=1e-4, atol=1e-5)
@@ -663,7 +664,9 @@ def test_agreement_reads_gates_by_role_and_attention_on_pairs() -> None:
     q[2], k[1] = 1.0, math.log(2.0)
     batch = Batch(torch.zeros(4, dtype=torch.int64), offsets([3, 1]), torch.tensor([0, 1]), 3, [0, 1])
     agreement = Agreement(truth)
-    agreement.add(batch, ClassifierOutput(torch.zeros(2, 2), torch.zeros(4, 1), ((q, k),), gate))
+    output = ClassifierOutput(torch.zeros(2, 2), torch.zeros(4, 1), ((q, k),), gate)
+    for row, text in zip(batch.rows, MASKED.texts(output, batch), strict=True):
+        agreement.add(row, text)
     summary = agreement.summary()
     assert summary["gate_filler"] == pytest.approx(0.1)
     assert summary["gate_negator"] == pytest.approx(0.9)

@@ -35,6 +35,7 @@ class TransformerClassifier(nn.Module):
             on the attention's output and on the feed-forward's.
         gate: module that gives a gate (...) to multiply the embeddings by. Called with embeddings (..., E); or with
             those of the batch's word types (W, E) and the place (...) of each token among them. None: no gate.
+        pads_count: the mean of padded texts is over all T positions, pads too, as in the released code.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class TransformerClassifier(nn.Module):
         layers: int = 1,
         dropout: float = 0.1,
         gate: nn.Module | None = None,
+        pads_count: bool = False,
     ) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"dim must be even, since positions are sine and cosine pairs, got {dim}")
         self.embedding = nn.Embedding(vocabulary, dim)
         self.gate = gate
+        self.pads_count = pads_count
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, feedforward, dropout) for _ in range(layers))
         self.classify = nn.Linear(dim, classes)
@@ -65,6 +68,7 @@ class TransformerClassifier(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        embedded: Tensor | None = None,
     ) -> ClassifierOutput:
         """Padded texts or packed ones.
 
@@ -73,6 +77,7 @@ class TransformerClassifier(nn.Module):
             mask: bool ``(B, T)``, true where a token is real; None: all are.
             cu_seqlens: int32 ``(S + 1,)`` offsets of packed texts, from 0 to N; excludes ``mask``.
             max_seqlen: tokens of the longest packed text; found out if None, for which a GPU has to be waited for.
+            embedded: ``(B, T, E)`` or ``(N, E)``, taken for the embeddings of ``ids``, to attribute scores to them.
 
         Raises:
             TypeError, ValueError: ``cu_seqlens`` of the wrong dtype, shape or device, or beside a ``mask``.
@@ -81,7 +86,7 @@ class TransformerClassifier(nn.Module):
         if cu_seqlens is not None and max_seqlen is None:
             arguments.check_offsets(cu_seqlens, len(ids))
             max_seqlen = max(cu_seqlens.diff().tolist(), default=0)
-        x, gate = self._embed(ids)
+        x, gate = self._embed(ids, embedded)
         hidden = x if gate is None else gate.unsqueeze(-1) * x  # (B, T, E) or (N, E)
 
         layout: dict[str, Any]
@@ -98,14 +103,18 @@ class TransformerClassifier(nn.Module):
         for layer in self.layers:
             x, q, k = layer(x, **layout)
             qk.append((q, k))
-        pooled = mean_of_real(x, mask) if cu_seqlens is None else mean_of_sequences(x, cu_seqlens, segment)
+        if cu_seqlens is None:
+            pooled = mean_of_real(x, None if self.pads_count else mask)
+        else:
+            pooled = mean_of_sequences(x, cu_seqlens, segment)
         return ClassifierOutput(self.classify(pooled), hidden, tuple(qk), gate)
 
-    def _embed(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, ids: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """√E · embedding and gate of each token."""
         scale = math.sqrt(self.embedding.embedding_dim)
-        if ids.device.type != "cpu":  # where finding the word types would have to be waited for
-            x = self.embedding(ids) * scale
+        # On a GPU, finding the word types would have to be waited for.
+        if embedded is not None or ids.device.type != "cpu":
+            x = (self.embedding(ids) if embedded is None else embedded) * scale
             return x, None if self.gate is None else self.gate(x)
         # Words repeat: what follows from the word alone is computed once for each type in the batch.
         types, place = ids.unique(return_inverse=True)
@@ -127,6 +136,7 @@ class SAFRClassifier(TransformerClassifier):
         layers: int = 1,
         dropout: float = 0.1,
         mask_hidden: int = 1024,
+        pads_count: bool = False,
     ) -> None:
         super().__init__(
             vocabulary,
@@ -137,6 +147,7 @@ class SAFRClassifier(TransformerClassifier):
             layers=layers,
             dropout=dropout,
             gate=VMASK(dim, mask_hidden),
+            pads_count=pads_count,
         )
 
 

@@ -98,9 +98,7 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _hidden(
-    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *, forward_alone: bool = False
-) -> "_cpu.Hidden":
+def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *, forward_alone: bool = False) -> "_cpu.Hidden":
     samples = h if h.dim() == 3 else h.unsqueeze(0)  # (B, T, E)
     return _cpu.Hidden(
         h=samples.data_ptr(),

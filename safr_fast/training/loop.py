@@ -1,9 +1,9 @@
-"""The training loop: epochs, early stopping on development accuracy, the best epoch restored and tested."""
+"""The training loop: epochs, early stopping on development accuracy, the protocol's epoch restored and tested."""
 
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +17,31 @@ from safr_fast import data
 from safr_fast.data.batches import EncodedSplit, epoch_seed
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.integrations.distributed import ALONE, Processes, local_rank, processes
-from safr_fast.loss import SAFRLoss
 from safr_fast.ops.dispatch import resolve
 from safr_fast.training import report as lines
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
-from safr_fast.training.measure import Means, check_finite, evaluate, forward, training_terms
+from safr_fast.training.measure import (
+    Means,
+    Sum,
+    build_loss,
+    check_finite,
+    evaluate,
+    forward,
+    gradient_norms,
+    training_terms,
+)
 from safr_fast.training.meter import Meter, peak_memory
 from safr_fast.training.model import build_model
 from safr_fast.training.plan import Step, share, steps
+from safr_fast.training.protocol import PROTOCOLS
 from safr_fast.training.run import Epoch, Progress, RunFolder, place, write_json
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. ``dev``, ``test``: accuracy, cross-entropy and regularisers of the restored best epoch."""
+    """What a run came to. ``dev``, ``test``: accuracy, cross-entropy and regularisers of the tested epoch."""
 
     out: Path
     epochs: int
@@ -52,7 +61,7 @@ class TrainResult:
 def train(
     config: TrainConfig | None = None, *, resume: bool = False, report: Callable[[str], None] = print
 ) -> TrainResult:
-    """Train, restore the best epoch, test it. A run that cannot start writes nothing.
+    """Train, restore the epoch that the protocol tests, test it. A run that cannot start writes nothing.
 
     Called in every process of ``torchrun``, or of a process group, they train one model together; the first writes.
 
@@ -76,7 +85,8 @@ def train(
         else:
             with _settings(config) as device:
                 result = _Run(config, folder, device, team, say).go()
-    say(lines.result(result.best_epoch, result.epochs, result.dev, result.test, result.agreement))
+    last = PROTOCOLS[config.protocol].tests_last_epoch
+    say(lines.result(result.best_epoch, result.epochs, last, result.dev, result.test, result.agreement))
     if result.peak_memory:
         say(lines.peak_memory(result.peak_memory))
     return result
@@ -85,6 +95,12 @@ def train(
 def _placed(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder, dict[str, Any] | None]:
     config, folder = place(config, resume)
     return config, folder, folder.load_summary()
+
+
+def load_corpus(config: TrainConfig) -> data.Corpus:
+    """The data that a run trains and tests on."""
+    split = PROTOCOLS[config.protocol].imdb_dev
+    return data.load(config.dataset, config.data_dir, seed=config.data_seed, all_rows=config.all_rows, imdb_dev=split)
 
 
 class _Run:
@@ -103,21 +119,18 @@ class _Run:
     ) -> None:
         resolve(config.impl, device.type, torch.float32)
         self.config, self.folder, self.device, self.team, self.report = config, folder, device, team, report
-        corpus = data.load(config.dataset, config.data_dir, seed=config.data_seed, all_rows=config.all_rows)
+        self.protocol = PROTOCOLS[config.protocol]
+        corpus = load_corpus(config)
         self.vocabulary = Vocabulary.of(corpus.train.texts)
         self.train, self.dev, self.test = (
-            EncodedSplit.of(split, self.vocabulary, config.max_len or None)
+            EncodedSplit.of(split, self.vocabulary, config.max_len or None, width=self.protocol.width(config.max_len))
             for split in (corpus.train, corpus.dev, corpus.test)
         )
         self.truth = corpus.test.truth
-        self.loss = SAFRLoss(
-            cast(float, config.lambda_importance),
-            cast(float, config.lambda_interaction),
-            variant=config.variant,
-            impl=config.impl,
-        )
+        self.loss = build_loss(config, cast(float, config.lambda_importance), cast(float, config.lambda_interaction))
         torch.manual_seed(epoch_seed(config.seed, 0))
-        self.model = build_model(len(self.vocabulary), config.model).to(device)
+        model = build_model(len(self.vocabulary), config.model, pads_count=self.protocol.pads_count)
+        self.model = model.to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
         self.epochs = cast(int, config.epochs)
         self.progress = Progress(processes=team.count)
@@ -169,20 +182,21 @@ class _Run:
         """All randomness of an epoch follows from the seed and its number, so that a resumed run repeats it."""
         begun = self.progress.begun
         started = time.perf_counter() - begun.seconds
-        plan = steps(self.train.lengths, self.config, epoch, self.team.count)
-        whole, recent = Means(self.config.variant), Means(self.config.variant)
+        plan = steps(self.train, self.config, epoch, self.team.count)
+        whole, recent = self._means(), self._means()
         if self.team.first:
-            whole, recent = Means(self.config.variant, begun.whole), Means(self.config.variant, begun.recent)
+            whole, recent = self._means(begun.whole), self._means(begun.recent)
         step, done = self.progress.step, sum(planned.size for planned in plan[: begun.steps])
         self.network.train()
         with Meter(epoch, len(self.train.ids), done, self.report if self.team.first else None) as meter:
             for i, planned in enumerate(plan[begun.steps :], begun.steps + 1):
-                self._step(planned, whole, recent)
-                meter.add(planned.size)
                 step += 1
-                if step % self.config.log_every == 0:
-                    self._record_step(epoch, step, recent.read(self.team))
-                    recent = Means(self.config.variant)
+                logged = step % self.config.log_every == 0
+                norms = self._step(planned, logged and self.config.log_gradients, whole, recent)
+                meter.add(planned.size)
+                if logged:
+                    self._record_step(epoch, step, recent.read(self.team) | norms)
+                    recent = self._means()
                 if step % self.config.checkpoint_every == 0:
                     measured = whole.collected(self.team), recent.collected(self.team)
                     check_finite({name: total for name, (total, _) in measured[0].items()}, f"training, epoch {epoch}")
@@ -192,22 +206,31 @@ class _Run:
         check_finite(trained, f"training, epoch {epoch}")
         self._close_epoch(epoch, step, trained, time.perf_counter() - started)
 
-    def _step(self, step: Step, *measured: Means) -> None:
+    def _means(self, begun: Mapping[str, Sum] | None = None) -> Means:
+        return Means(self.config.variant, self.protocol, begun)
+
+    def _step(self, step: Step, norms_asked: bool, *measured: Means) -> dict[str, float]:
+        """Move the weights; the norms, if asked for, are of the first process's last batch."""
+        norms: dict[str, float] = {}
         self.optimizer.zero_grad()
         own = list(zip(step.batches, step.seeds, strict=True))[self.team.rank :: self.team.count]
         # The last step of an epoch may have no batch for a process, which yet has to take part: with one of weight 0.
         idle = not own
         for i, (rows, seed) in enumerate(own or [(step.batches[0], step.seeds[0])], 1):
             torch.manual_seed(seed)
-            batch = self.train.batch(rows).to(self.device)
-            with self._gradients_exchanged(i >= len(own)):
-                output, parts = forward(self.network, self.loss, batch, self.config.bf16)
+            batch = self.protocol.batch(self.train, rows).to(self.device)
+            last = i >= len(own)
+            with self._gradients_exchanged(last):
+                output, parts = forward(self.network, self.loss, batch, self.protocol, self.config.bf16)
+                if norms_asked and last and self.team.first:
+                    norms = gradient_norms(self.loss, parts, self.model)
                 # DistributedDataParallel takes the mean over processes, where the step's loss is a sum.
                 weight = 0 if idle else self.team.count
                 (weight * share(step, batch, self.loss, parts)).backward()
             for means in () if idle else measured:
                 means.add_batch(batch, output, training_terms(self.loss, parts))
         self.optimizer.step()
+        return norms
 
     def _gradients_exchanged(self, exchanged: bool) -> AbstractContextManager[None]:
         """Processes exchange gradients once a step, in its last batch."""
@@ -252,7 +275,7 @@ class _Run:
         if self.team.first:
             self.folder.append_metrics(record)
             # The weights go first: a kill between the two repeats the epoch and writes the same weights again.
-            if best:
+            if best or self.protocol.tests_last_epoch:
                 self.folder.save_model(_on_cpu(self.model.state_dict()))
         self._save(self.progress)
         self.team.wait()
@@ -308,7 +331,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def _settings(config: TrainConfig) -> Iterator[torch.device]:
     """The run's device; its threads and random numbers, which are the caller's own again afterwards."""
-    device = _device(config.device)
+    device = choose_device(config.device)
     threads = torch.get_num_threads()
     try:
         if config.threads is not None:
@@ -320,7 +343,8 @@ def _settings(config: TrainConfig) -> Iterator[torch.device]:
         torch.set_num_threads(threads)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of that name, if it is there; ``auto``: this process's GPU if there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in ("auto", "cuda") and count:
         return torch.device("cuda", local_rank() % count)

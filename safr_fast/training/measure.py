@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safr_fast.data.batches import Batch, EncodedSplit, by_length
+from safr_fast.data.batches import Batch, EncodedSplit, PaddedBatch, by_length
 from safr_fast.integrations.distributed import ALONE, Processes
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig, Variant
 from safr_fast.training.errors import RunError
+from safr_fast.training.protocol import PROTOCOLS, AnyBatch, Protocol
 
 _EVALUATION_TOKENS = 8192
 
@@ -25,11 +27,13 @@ class Means:
 
     Args:
         variant: of the regularisers; it says what their values are means over.
+        protocol: how the batches are laid out.
         begun: what :meth:`collected` gave, to go on from.
     """
 
-    def __init__(self, variant: Variant, begun: Mapping[str, Sum] | None = None) -> None:
+    def __init__(self, variant: Variant, protocol: Protocol[Any], begun: Mapping[str, Sum] | None = None) -> None:
         self._importance_is_per_token = variant == "released"
+        self._protocol = protocol
         self._sums: dict[str, Tensor | float] = {name: total for name, (total, _) in (begun or {}).items()}
         self._weights: dict[str, int] = {name: weight for name, (_, weight) in (begun or {}).items()}
 
@@ -40,16 +44,19 @@ class Means:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().double() * weight
                 self._weights[name] = self._weights.get(name, 0) + weight
 
-    def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
+    def add_batch(
+        self, batch: Batch | PaddedBatch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]
+    ) -> None:
         """The terms, the accuracy, and the mean gate over real tokens."""
-        tokens = len(batch.ids)
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
         self.add({"accuracy": accuracy}, len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
-            self.add({name: value}, tokens if per_token else len(batch.rows))
-        if output.gate is not None:
-            self.add({"gate": output.gate.sum() / max(tokens, 1)}, tokens)
+            self.add({name: value}, batch.ids.numel() if per_token else len(batch.rows))
+        gates = self._protocol.gates(output, batch)
+        if gates is not None:
+            total, tokens = gates
+            self.add({"gate": total / max(tokens, 1)}, tokens)
 
     def collected(self, team: Processes = ALONE) -> dict[str, Sum]:
         """Sums and their weights over all processes."""
@@ -67,12 +74,38 @@ def _added(sums: Iterable[Sum]) -> Sum:
     return sum(totals), sum(weights)
 
 
-def forward(model: nn.Module, loss: SAFRLoss, batch: Batch, bf16: bool = False) -> tuple[ClassifierOutput, LossParts]:
+def build_loss(config: TrainConfig, lambda_importance: float, lambda_interaction: float) -> SAFRLoss:
+    """A run's loss under these weights. The scale is the model's own, whatever a protocol adds to queries and keys."""
+    scale = 1 / math.sqrt(config.model.dim // config.model.heads)
+    return SAFRLoss(lambda_importance, lambda_interaction, variant=config.variant, scale=scale, impl=config.impl)
+
+
+def forward(
+    model: nn.Module, loss: SAFRLoss, batch: AnyBatch, protocol: Protocol[AnyBatch], bf16: bool = False
+) -> tuple[ClassifierOutput, LossParts]:
     """``model``: a classifier, compiled or spread over processes or not; its output and the loss of a batch."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
-        output: ClassifierOutput = model(batch.ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-        terms = {"hidden": output.hidden, "qk": output.qk, "cu_seqlens": batch.cu_seqlens}
+        output = protocol.forward(model, batch)
+        terms = protocol.regularised(output, batch)
         return output, loss(output.logits, batch.labels, **terms, return_parts=True)
+
+
+def gradient_norms(loss: SAFRLoss, parts: LossParts, model: nn.Module) -> dict[str, float]:
+    """Norm of the gradient of each term, over all parameters; regularisers before and after their weights.
+
+    The graph is kept: the step's own backward pass comes after.
+    """
+    parameters = list(model.parameters())
+    norms = {}
+    terms = (("cross_entropy", parts.task, None), ("importance", parts.importance, loss.lambda_importance))
+    for name, term, weight in (*terms, ("interaction", parts.interaction, loss.lambda_interaction)):
+        if term is not None:
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item()
+            norms[f"gradient_{name}"] = norm
+            if weight is not None:
+                norms[f"gradient_{name}_weighted"] = weight * norm
+    return norms
 
 
 def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]:
@@ -99,18 +132,20 @@ def evaluate(
 
     The batches are shared out among the processes of ``team``; ``agreement`` gets to see this process's share.
     """
-    loss = SAFRLoss(1.0, 1.0, variant=config.variant, impl=config.impl)
+    loss = build_loss(config, 1.0, 1.0)
+    protocol = PROTOCOLS[config.protocol]
     device = model.classify.weight.device
-    means = Means(config.variant)
+    means = Means(config.variant, protocol)
     model.eval()
     with torch.inference_mode():
-        for rows in by_length(split.lengths, _EVALUATION_TOKENS)[team.rank :: team.count]:
-            batch = split.batch(rows).to(device)
-            output, parts = forward(model, loss, batch, config.bf16)
+        for rows in by_length(split.widths, _EVALUATION_TOKENS)[team.rank :: team.count]:
+            batch = protocol.batch(split, rows).to(device)
+            output, parts = forward(model, loss, batch, protocol, config.bf16)
             terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
             means.add_batch(batch, output, terms)
             if agreement is not None:
-                agreement.add(batch, output)
+                for row, text in zip(rows, protocol.texts(output, batch), strict=True):
+                    agreement.add(row, text)
     return means.read(team)
 
 

@@ -33,13 +33,19 @@ def peak_memory(peaks: Mapping[str, int]) -> str:
 
 
 def result(
-    best_epoch: int, epochs: int, dev: Mapping[str, float], test: Mapping[str, float], agreement: Mapping[str, float]
+    best_epoch: int,
+    epochs: int,
+    last: bool,
+    dev: Mapping[str, float],
+    test: Mapping[str, float],
+    agreement: Mapping[str, float],
 ) -> str:
-    """The end of a run, with the agreement with the planted truth where there is one."""
-    lines = [
-        f"best epoch {best_epoch} of {epochs}, restored: dev accuracy {dev['accuracy']:.4f}, "
-        f"test accuracy {test['accuracy']:.4f}"
-    ]
+    """The end of a run, with the agreement with the planted truth where there is one.
+
+    ``last``: the protocol tests the last epoch, not the best.
+    """
+    tested = f"last epoch {epochs}, best was {best_epoch}" if last else f"best epoch {best_epoch} of {epochs}, restored"
+    lines = [f"{tested}: dev accuracy {dev['accuracy']:.4f}, test accuracy {test['accuracy']:.4f}"]
     gates = [(name.removeprefix("gate_"), value) for name, value in agreement.items() if name.startswith("gate_")]
     roles = [f"{role} {value:.3f}" for role, value in gates if role != "auc"]
     if roles:

@@ -68,7 +68,7 @@ class RunFolder:
 
     @property
     def model_file(self) -> Path:
-        """The best epoch's weights."""
+        """The tested epoch's weights."""
         return self.path / "model.safetensors"
 
     @property
