@@ -1,7 +1,9 @@
 """The command ``safr-fast``: reads options, hands them to the Python interface, and says errors in one line."""
 
+import ctypes
 import dataclasses
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +16,10 @@ from safr_fast.training.errors import OptionError, RunError
 
 if TYPE_CHECKING:
     from safr_fast.training import TrainConfig
+
+# Parameters of glibc's mallopt, from malloc.h.
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 
 _EXTRA = ("tyro", "tqdm", "safetensors")
 
@@ -91,6 +97,7 @@ def _env() -> None:
 def _train(config: "TrainConfig", resume: bool) -> None:
     if not resume:
         check(config.dataset, config.data_dir)
+    _keep_memory()
     # Only now: this waits for torch, which a missing data set should not.
     from safr_fast.training.loop import train
     from safr_fast.training.run import default_folder
@@ -103,6 +110,17 @@ def _train(config: "TrainConfig", resume: bool) -> None:
         command = f"safr-fast train --out {shlex.quote(str(config.out))} --resume"
         print(f"\ninterrupted; to go on after the last checkpoint: {command}", file=sys.stderr)
         sys.exit(130)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what it got from the system, instead of giving large blocks back and faulting them in anew.
+
+    Each step makes a gradient for every word type, about 100 MB on IMDB: on whole reviews this saves 8 % of a step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 2**30)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _fail(message: str) -> NoReturn:

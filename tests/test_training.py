@@ -254,6 +254,35 @@ def test_every_text_weighs_the_same_in_an_epoch_of_batches_by_tokens(
         torch.testing.assert_close(ours, len(planned) * expected, rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_trains_by_nearly_the_same_terms(tmp_path: Path) -> None:
+    exact, rounded = (
+        records(run(tmp_path / str(bf16), bf16=bf16, epochs=1, log_every=1).out, "step") for bf16 in (False, True)
+    )
+    for ours, expected in zip(rounded, exact, strict=True):
+        for name in ("cross_entropy", "importance", "interaction"):
+            assert ours["train"][name] == pytest.approx(expected["train"][name], rel=0.05)
+            assert ours["train"][name] != expected["train"][name]
+
+
+def test_compiled_steps_are_the_steps_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without random numbers, which a compiler draws in its own way, and without generating code, which takes long."""
+    compiled: list[torch.nn.Module] = []
+
+    def compile(model: torch.nn.Module, **options: Any) -> Any:
+        compiled.append(model)
+        return original(model, backend="aot_eager", **options)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    torch.compiler.reset()
+    still = dataclasses.replace(TINY, gate=False, dropout=0.0)
+    for name in ("eager", "compiled"):
+        run(tmp_path / name, epochs=1, log_every=1, model=still, compile=name == "compiled")
+    assert len(compiled) == 1
+    for a, b in zip(records(tmp_path / "eager", "step"), records(tmp_path / "compiled", "step"), strict=True):
+        assert a["train"] == pytest.approx(b["train"], rel=1e-4)
+
+
 def test_full_length_cuts_nothing(tmp_path: Path) -> None:
     config = TrainConfig(dataset="imdb", full_length=True).resolved()
     assert (config.max_len, config.batch_tokens) == (0, 8192)
