@@ -355,7 +355,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) -> None:
     """20 kills, at moments spread over all that a run still has to do, its start and its end too."""
-    options = {"checkpoint_every": 2, "log_every": 3, "dataset": "synthetic", "batch_tokens": 150}
+    options = {"epochs": 2, "checkpoint_every": 2, "log_every": 3, "batch_tokens": 150}
     in_process(tmp_path / "warm", False, options).join()
     started = time.perf_counter()
     in_process(tmp_path / "whole", False, options).join()
