@@ -425,6 +425,25 @@ def test_a_kill_between_the_end_and_the_summary_leaves_one_end(tmp_path: Path, m
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_kill_after_the_summary_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", epochs=1)
+    (tmp_path / "run" / ".tmpAbCdEf").touch()
+    run(tmp_path / "run", epochs=1, resume=True)
+    kept = {"config.json", "metrics.jsonl", "model.safetensors", "summary.json", "vocabulary.json"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == kept
+
+
+def test_a_folder_with_nothing_but_half_written_files_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.17.tmp").touch()
+    assert run(tmp_path, epochs=1).epochs == 1
+
+
 def test_the_best_epoch_is_restored_and_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Development accuracy is scripted to peak at the second epoch and to fall after it."""
     accuracies = iter([0.6, 0.8, 0.8, 0.7])
