@@ -43,6 +43,8 @@ class SAFRLoss(nn.Module):
     The λ that the SAFR paper reports belong to the released code, whose terms are means. The paper's own formulas sum
     over samples as well, which with a batch of B is another factor of B.
 
+    Under FSDP, pass what the model's ``forward`` returned: a tensor stashed on a module misses FSDP's hooks.
+
     Args:
         lambda_importance: weight of the importance term; at 0 it is not computed.
         lambda_interaction: weight of the interaction term; at 0 it is not computed.

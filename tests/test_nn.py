@@ -171,11 +171,11 @@ def test_packed_texts_exclude_a_mask_and_may_be_none() -> None:
 
 @pytest.mark.parametrize("form", [packed._by_sequence, packed._nested])
 def test_every_form_of_packed_attention_is_attention_within_each_sequence(form: Callable[..., Tensor]) -> None:
-    lengths = [5, 1, 17]
-    q, k, v = (normal(23, 2, 8, seed=seed).double() for seed in range(3))
+    lengths = [5, 1, 1, 17, 5]
+    q, k, v = (normal(29, 2, 8, seed=seed).double() for seed in range(3))
 
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        segment = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+        segment = torch.arange(5).repeat_interleave(torch.tensor(lengths))
         weights = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(8)).masked_fill(
             segment[:, None] != segment[None, :], -math.inf
         )

@@ -255,6 +255,35 @@ def test_every_text_weighs_the_same_in_an_epoch_of_batches_by_tokens(
         torch.testing.assert_close(ours, len(planned) * expected, rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_trains_by_nearly_the_same_terms(tmp_path: Path) -> None:
+    exact, rounded = (
+        records(run(tmp_path / str(bf16), bf16=bf16, epochs=1, log_every=1).out, "step") for bf16 in (False, True)
+    )
+    for ours, expected in zip(rounded, exact, strict=True):
+        for name in ("cross_entropy", "importance", "interaction"):
+            assert ours["train"][name] == pytest.approx(expected["train"][name], rel=0.05)
+            assert ours["train"][name] != expected["train"][name]
+
+
+def test_compiled_steps_are_the_steps_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without random numbers, which a compiler draws in its own way, and without generating code, which takes long."""
+    compiled: list[torch.nn.Module] = []
+
+    def compile(model: torch.nn.Module, **options: Any) -> Any:
+        compiled.append(model)
+        return original(model, backend="aot_eager", **options)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    torch.compiler.reset()
+    still = dataclasses.replace(TINY, gate=False, dropout=0.0)
+    for name in ("eager", "compiled"):
+        run(tmp_path / name, epochs=1, log_every=1, model=still, compile=name == "compiled")
+    assert len(compiled) == 1
+    for a, b in zip(records(tmp_path / "eager", "step"), records(tmp_path / "compiled", "step"), strict=True):
+        assert a["train"] == pytest.approx(b["train"], rel=1e-4)
+
+
 def test_full_length_cuts_nothing(tmp_path: Path) -> None:
     config = TrainConfig(dataset="imdb", full_length=True).resolved()
     assert (config.max_len, config.batch_tokens) == (0, 8192)
@@ -327,7 +356,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) -> None:
     """20 kills, at moments spread over all that a run still has to do, its start and its end too."""
-    options = {"checkpoint_every": 2, "log_every": 3, "dataset": "synthetic", "batch_tokens": 150}
+    options = {"epochs": 2, "checkpoint_every": 2, "log_every": 3, "batch_tokens": 150}
     in_process(tmp_path / "warm", False, options).join()
     started = time.perf_counter()
     in_process(tmp_path / "whole", False, options).join()
@@ -395,6 +424,25 @@ def test_a_kill_between_the_end_and_the_summary_leaves_one_end(tmp_path: Path, m
     assert len(records(tmp_path / "parts", "end")) == 1
     run(tmp_path / "parts", epochs=2, resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_kill_after_the_summary_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", epochs=1)
+    (tmp_path / "run" / ".tmpAbCdEf").touch()
+    run(tmp_path / "run", epochs=1, resume=True)
+    kept = {"config.json", "metrics.jsonl", "model.safetensors", "summary.json", "vocabulary.json"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == kept
+
+
+def test_a_folder_with_nothing_but_half_written_files_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.17.tmp").touch()
+    assert run(tmp_path, epochs=1).epochs == 1
 
 
 def test_the_best_epoch_is_restored_and_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from safr_fast.evaluation.rankers import Scores, score
 from safr_fast.evaluation.statistics import bootstrap, paired_test
 from safr_fast.training import load_run
 from safr_fast.training.errors import OptionError
-from safr_fast.training.loop import choose_device, load_corpus
+from safr_fast.training.loop import load_corpus
 from safr_fast.training.run import write_json
+from safr_fast.training.settings import choose_device
 
 FILE = "evaluation.json"
 RANDOM = "random"

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safr_fast.reference import upcast
+
 
 class VMASK(nn.Module):
     r"""A gate per token, from its embedding alone.
@@ -35,7 +37,7 @@ class VMASK(nn.Module):
             place: int64 ``(...)``, the row of ``x`` of each token. What depends on the word alone is then computed
                 once per type; in training each token still draws for itself.
         """
-        logits = self.to_logits(torch.tanh(self.hidden(x)))  # (..., 2): drop, keep
+        logits = upcast(self.to_logits(torch.tanh(self.hidden(x))))  # (..., 2): drop, keep
         if place is not None:
             logits = F.embedding(place, logits)
         if self.training:

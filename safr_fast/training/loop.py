@@ -1,10 +1,9 @@
 """The training loop: epochs, early stopping on development accuracy, the protocol's epoch restored and tested."""
 
 import dataclasses
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from safr_fast import data
 from safr_fast.data.batches import EncodedSplit, epoch_seed
 from safr_fast.data.vocabulary import Vocabulary
-from safr_fast.integrations.distributed import ALONE, Processes, local_rank, processes
+from safr_fast.integrations.distributed import ALONE, Processes, processes
 from safr_fast.ops.dispatch import resolve
 from safr_fast.training import report as lines
 from safr_fast.training.agreement import Agreement
@@ -37,6 +36,7 @@ from safr_fast.training.model import build_model
 from safr_fast.training.plan import Step, share, steps
 from safr_fast.training.protocol import PROTOCOLS
 from safr_fast.training.run import Epoch, Progress, RunFolder, place, write_json
+from safr_fast.training.settings import settings
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,10 @@ def train(
         if summary is not None:
             result = TrainResult(**summary | {"out": folder.path})
             say(f"{folder.path} is finished")
+            if team.first:
+                folder.close()
         else:
-            with _settings(config) as device:
+            with settings(config) as device:
                 result = _Run(config, folder, device, team, say).go()
     last = PROTOCOLS[config.protocol].tests_last_epoch
     say(lines.result(result.best_epoch, result.epochs, last, result.dev, result.test, result.agreement))
@@ -301,7 +303,7 @@ class _Run:
         if self.team.first:
             self.folder.append_metrics({"event": "end", "epoch": result.epochs, **result.to_json()})
             write_json(self.folder.summary_file, result.to_json())
-            self.folder.state_file.unlink(missing_ok=True)
+            self.folder.close()
         return result
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -326,34 +328,3 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-@contextmanager
-def _settings(config: TrainConfig) -> Iterator[torch.device]:
-    """The run's device; its threads and random numbers, which are the caller's own again afterwards."""
-    device = choose_device(config.device)
-    threads = torch.get_num_threads()
-    try:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        on_gpu = device.type == "cuda"
-        with torch.cuda.device(device) if on_gpu else nullcontext(), torch.random.fork_rng([device] if on_gpu else []):
-            yield device
-    finally:
-        torch.set_num_threads(threads)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, if it is there; ``auto``: this process's GPU if there is one."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name in ("auto", "cuda") and count:
-        return torch.device("cuda", local_rank() % count)
-    if name == "auto":
-        return torch.device("cpu")
-    known = re.fullmatch("cpu|cuda(?::(0|[1-9][0-9]*))?", name)
-    if known is None:
-        raise RunError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
-    if name != "cpu" and int(known[1] or 0) >= count:
-        seen = ", ".join(f"cuda:{index}" for index in range(count)) or "no GPU"
-        raise RunError(f"device {name!r} is not there: this PyTorch sees {seen}; use --device cpu or auto")
-    return torch.device(name)

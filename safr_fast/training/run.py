@@ -87,12 +87,21 @@ class RunFolder:
             raise RunError(f"the data are not those that {self.path} began with: their vocabulary differs")
 
     def open(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
-        """Make the folder, with configuration and vocabulary; clear what a kill left half written."""
+        """Make the folder, with configuration and vocabulary."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in filter(_is_temporary, self.path.iterdir()):
-            file.unlink()
+        self._clear()
         write_json(self.config_file, config.to_json())
         write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
+
+    def close(self) -> None:
+        """Leave nothing of a finished run that only an unfinished one needs."""
+        self.state_file.unlink(missing_ok=True)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what a kill left half written."""
+        for file in filter(_is_temporary, self.path.iterdir()):
+            file.unlink()
 
     def stored_config(self) -> TrainConfig:
         if not self.config_file.exists():
