@@ -5,15 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from safr_fast.data.batches import EncodedSplit, by_length
+from safr_fast.data.batches import EncodedSplit
 from safr_fast.data.corpus import Split
 from safr_fast.data.vocabulary import Vocabulary
+from safr_fast.evaluation.batching import batches
 from safr_fast.evaluation.deletion import Words
 from safr_fast.nn import TransformerClassifier
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.protocol import PROTOCOLS
-
-_BATCH = 64
 
 
 class Predictor:
@@ -39,7 +38,7 @@ class Predictor:
         device = self.model.classify.weight.device
         probabilities = torch.zeros(len(split), self.model.classify.out_features, dtype=torch.float64)
         with torch.inference_mode():
-            for batch_rows in by_length(split.lengths, _BATCH):
+            for batch_rows in batches(split.widths):
                 batch = split.batch(batch_rows).to(device)
                 logits: Tensor = self.model(batch.ids, batch.mask).logits
                 probabilities[batch_rows] = logits.double().softmax(1).cpu()

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from safr_fast.data.batches import Batch, EncodedSplit, by_length
+from safr_fast.data.batches import Batch, EncodedSplit
+from safr_fast.evaluation.batching import batches
 from safr_fast.evaluation.places import capacity, hidden_states
 from safr_fast.nn import TransformerClassifier
 from safr_fast.training.agreement import mean_attention
 
-_BATCH = 64
 _STEPS = 32
 
 Scores = dict[str, list[Tensor]]
@@ -28,7 +28,7 @@ def score(
     """
     device = model.classify.weight.device
     scores: dict[str, dict[int, Tensor]] = {}
-    for rows in progress(by_length(split.lengths, _BATCH)):
+    for rows in progress(batches(split.widths)):
         batch = split.batch(rows).to(device)
         for name, values in _of_batch(model, batch, gradients).items():
             found = scores.setdefault(name, {})
@@ -61,7 +61,7 @@ def _attributions(model: TransformerClassifier, batch: Batch, target: Tensor) ->
     others = (batch.ids, batch.mask)
     by_input = InputXGradient(logits).attribute(embedded, target=target, additional_forward_args=others)
     integrated = IntegratedGradients(logits).attribute(
-        embedded, target=target, additional_forward_args=others, n_steps=_STEPS, internal_batch_size=_BATCH
+        embedded, target=target, additional_forward_args=others, n_steps=_STEPS, internal_batch_size=len(batch.rows)
     )
     return {
         "gradient_x_input": by_input.sum(-1).detach(),
