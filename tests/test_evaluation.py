@@ -16,8 +16,8 @@ from torch import Tensor
 from safr_fast.data import Corpus, Vocabulary, synthetic
 from safr_fast.data.corpus import Split
 from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run, limits, measure, score
-from safr_fast.evaluation.batching import batches
 from safr_fast.evaluation.deletion import count, random_scores, without
+from safr_fast.evaluation.encoding import Encoded
 from safr_fast.evaluation.normalised import aopc, normalised
 from safr_fast.evaluation.places import PLACES, capacity, hidden_states
 from safr_fast.evaluation.run import average_capacity, evaluate_scores
@@ -239,7 +239,7 @@ def test_a_predictor_gives_each_text_its_own_probabilities(pads_count: bool) -> 
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.sampled_from([0, 1, 20, 256, 300, 2_470, 5_000]), max_size=200))
 def test_batches_hold_every_text_once_and_fit_in_memory(lengths: list[int]) -> None:
-    found = batches(torch.tensor(lengths, dtype=torch.int64))
+    found = Encoded([range(length) for length in lengths]).batches()
     assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
     for rows in found:
         longest = max(lengths[row] for row in rows)

@@ -20,7 +20,7 @@ class Agreement:
 
     def add(self, batch: Batch, output: ClassifierOutput) -> None:
         lengths = batch.mask.sum(dim=1).tolist()
-        attention = mean_attention(output.qk, batch.mask)
+        attention = _mean_attention(output.qk, batch.mask)
         for b, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
             truth = self.truth[row]
             if output.gate is not None:
@@ -47,7 +47,7 @@ def above(a: Tensor, b: Tensor) -> float:
     return (below.double().mean() / (2 * len(b))).item()
 
 
-def mean_attention(qk: Sequence[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
+def _mean_attention(qk: Sequence[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
     """(B, T, T): the last layer's weights over real keys, mean over heads."""
     q, k = qk[-1]
     scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, T, T)
