@@ -201,7 +201,11 @@ def _reproduce(target: "Target", config: "ReproductionConfig") -> None:
     _keep_memory()
     from safr_fast.reproduction.run import reproduce
 
-    print(reproduce(target, config, report=partial(print, flush=True)))
+    try:
+        print(reproduce(target, config, report=partial(print, flush=True)))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on, and what is done is in {config.out}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _report(run: Path, texts: Sequence[str], data_dir: Path | None) -> None:

@@ -17,6 +17,7 @@ from safr_fast.data import Corpus, Vocabulary, synthetic
 from safr_fast.data.corpus import Split
 from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run, limits, measure, score
 from safr_fast.evaluation.deletion import count, random_scores, without
+from safr_fast.evaluation.encoding import Encoded
 from safr_fast.evaluation.normalised import aopc, normalised
 from safr_fast.evaluation.places import PLACES, capacity, hidden_states
 from safr_fast.evaluation.run import average_capacity, evaluate_scores
@@ -195,7 +196,7 @@ def test_gradient_rankers_agree_with_their_definitions() -> None:
     predictor = Predictor(model, vocabulary, TrainConfig())
     text = "a c b e e"
     scores = score(model, predictor.encode([text]), gradients=True)
-    batch = predictor.encode([text]).padded([0])
+    batch = predictor.encode([text]).batch([0])
     weights = model.embedding.weight.detach().clone()
     target = model(batch.ids, batch.mask).logits.argmax().item()
 
@@ -231,6 +232,17 @@ def test_a_predictor_gives_each_text_its_own_probabilities(pads_count: bool) -> 
     for words, row in zip(texts, together, strict=True):
         torch.testing.assert_close(predictor([words])[0], row, rtol=1e-5, atol=1e-6)
     assert together.sum(1).tolist() == pytest.approx([1.0] * len(texts))
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.sampled_from([0, 1, 20, 256, 300, 2_470, 5_000]), max_size=200))
+def test_batches_hold_every_text_once_and_fit_in_memory(lengths: list[int]) -> None:
+    found = Encoded([range(length) for length in lengths]).batches()
+    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
+    for rows in found:
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) == 1 or len(rows) * longest**2 <= 64 * 256**2
+        assert len(rows) <= 64
 
 
 def test_average_capacity_parts_tokens_by_the_gate() -> None:

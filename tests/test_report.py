@@ -126,7 +126,7 @@ def test_what_is_shown_of_a_text_is_what_the_model_gives(runs: dict[str, Path]) 
     predictor = Predictor(model, vocabulary, config)
     text = "the plot was not good , we watched it twice"
     shown = content.of_text(model, predictor, text)
-    batch = predictor.encode([text]).padded([0])
+    batch = predictor.encode([text]).batch([0])
     output, states = hidden_states(model, batch.ids, batch.mask)
     assert [word.text for word in shown.words] == text.split()
     for p, h in enumerate(states.values()):

@@ -100,7 +100,7 @@ def test_an_evaluation_on_other_texts_is_made_anew(small: list[str], tmp_path: P
 def test_figure3_has_curves_with_a_control(small: list[str], tmp_path: Path) -> None:
     text = reproduce("figure3", config(tmp_path, rows=("0.1,0.1",), seeds=2, protocol="masked"), report=quiet)
     assert "| masked | 0.1,0.1 | 2 | capacity |" in text
-    assert "| masked | 0.1,0.1 | 2 | chance |" in text
+    assert "| masked | 0.1,0.1 | 2 | random |" in text
     assert (tmp_path / "figure3-synthetic-masked.svg").stat().st_size > 5_000
     (row,) = json.loads((tmp_path / "figure3-synthetic.json").read_text())["rows"]
     assert list(row["rankers"]["random"]) == [str(k) for k in range(10, 100, 10)]

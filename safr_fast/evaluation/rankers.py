@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from safr_fast.data.batches import EncodedSplit, PaddedBatch, by_length
+from safr_fast.evaluation.encoding import Encoded, Padded
 from safr_fast.evaluation.places import capacity, hidden_states
 from safr_fast.nn import TransformerClassifier
-from safr_fast.training.agreement import mean_attention
 
-_TOKENS = 8192
 _STEPS = 32
 
 Scores = dict[str, list[Tensor]]
@@ -18,7 +16,7 @@ Progress = Callable[[list[list[int]]], Iterator[list[int]]]
 
 
 def score(
-    model: TransformerClassifier, split: EncodedSplit, *, gradients: bool = False, progress: Progress = iter
+    model: TransformerClassifier, texts: Encoded, *, gradients: bool = False, progress: Progress = iter
 ) -> Scores:
     """By ranker, for each text the scores of its real tokens.
 
@@ -28,29 +26,34 @@ def score(
     """
     device = model.classify.weight.device
     scores: dict[str, dict[int, Tensor]] = {}
-    for rows in progress(by_length(split.widths, _TOKENS)):
-        batch = split.padded(rows).to(device)
+    for rows in progress(texts.batches()):
+        batch = texts.batch(rows).to(device)
         for name, values in _of_batch(model, batch, gradients).items():
             found = scores.setdefault(name, {})
-            for row, length, value in zip(rows, batch.lengths, values.cpu(), strict=True):
-                found[row] = value[:length].clone()
-    return {name: [found[row] for row in range(len(split))] for name, found in scores.items()}
+            for row, value in zip(rows, values.cpu(), strict=True):
+                found[row] = value[: len(texts.texts[row])].clone()
+    return {name: [found[row] for row in range(len(texts))] for name, found in scores.items()}
 
 
-def _of_batch(model: TransformerClassifier, batch: PaddedBatch, gradients: bool) -> dict[str, Tensor]:
+def _of_batch(model: TransformerClassifier, batch: Padded, gradients: bool) -> dict[str, Tensor]:
     output, states = hidden_states(model, batch.ids, batch.mask)
     scores = {f"capacity:{place}": capacity(h, batch.mask) for place, h in states.items()}
     if output.gate is not None:
         scores["vmask"] = output.gate
-    q, k = output.qk[-1]
-    received = [mean_attention(q[b, :, :n], k[b, :, :n]).sum(0) for b, n in enumerate(batch.lengths)]
-    scores["attention"] = pad_sequence(received, batch_first=True)  # (B, T)
+    scores["attention"] = _received(*output.qk[-1], batch.mask)
     if gradients:
         scores |= _attributions(model, batch, output.logits.argmax(1))
     return scores
 
 
-def _attributions(model: TransformerClassifier, batch: PaddedBatch, target: Tensor) -> dict[str, Tensor]:
+def _received(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """(B, T): attention that real tokens pay to each, mean over heads."""
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None, :], torch.finfo(q.dtype).min)
+    paid = scores.softmax(-1).mean(1)  # (B, T, T)
+    return paid.masked_fill(~mask[:, :, None], 0).sum(1)
+
+
+def _attributions(model: TransformerClassifier, batch: Padded, target: Tensor) -> dict[str, Tensor]:
     from captum.attr import InputXGradient, IntegratedGradients
 
     def logits(embedded: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ def _attributions(model: TransformerClassifier, batch: PaddedBatch, target: Tens
     others = (batch.ids, batch.mask)
     by_input = InputXGradient(logits).attribute(embedded, target=target, additional_forward_args=others)
     integrated = IntegratedGradients(logits).attribute(
-        embedded, target=target, additional_forward_args=others, n_steps=_STEPS, internal_batch_size=len(batch.rows)
+        embedded, target=target, additional_forward_args=others, n_steps=_STEPS, internal_batch_size=len(batch.ids)
     )
     return {
         "gradient_x_input": by_input.sum(-1).detach(),

@@ -84,15 +84,14 @@ def evaluate_scores(
     )
     control = [measured.pop(name) for name in draws]
     measured[RANDOM] = {k: _mean_of_draws([draw[k] for draw in control]) for k in config.k}
-    first = measured[RANDOM][config.k[0]]
-    whole = first["srs"] + first["correct"]
-    accuracy = _with_interval({"accuracy": whole}, config.seed)["accuracy"]
+    whole = predict(texts).argmax(1).cpu()
     return {
         "texts": len(texts),
         "one_word_texts": sum(len(words) == 1 for words in texts),
-        "accuracy": accuracy,
-        "predicted_positive": _share_positive(predict(texts).argmax(1).double()),
+        **_with_interval({"accuracy": (whole == labels).double()}, config.seed),
+        "predicted_positive": whole.double().mean().item(),
         "capacity": capacities,
+        "reference": REFERENCE if REFERENCE in measured else RANDOM,
         "rankers": {name: _of_ranker(by_k, measured, config) for name, by_k in measured.items()},
         "normalised_aopc": _normalised(predict, texts, scores | draws, config),
     }
@@ -134,7 +133,7 @@ def _of_ranker(
         shown["accuracy"] = shown.pop("correct")
         result["k"][f"{k:g}"] = {
             **_with_interval(shown, config.seed),
-            "predicted_positive": _share_positive(values["predicted"]),
+            "predicted_positive": values["predicted"].mean().item(),
             "p_against_reference": paired_test(values["correct"], reference[k]["correct"], seed=config.seed),
             "p_against_random": paired_test(values["correct"], measured[RANDOM][k]["correct"], seed=config.seed),
         }
@@ -151,11 +150,6 @@ def _with_interval(values: Mapping[str, Tensor], seed: int) -> dict[str, list[fl
     low, high = bootstrap(stacked, seed=seed)
     columns = zip(stacked.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)
     return {name: list(column) for name, column in zip(values, columns, strict=True)}
-
-
-def _share_positive(predicted: Tensor) -> float:
-    """Draws' mean of the class predicted is their mean share, for the two classes 0 and 1."""
-    return predicted.mean().item()
 
 
 def _normalised(

@@ -50,7 +50,7 @@ class Text:
 def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Text:
     """Capacities of every word at every place, with the graph and the matrix of each place."""
     words = text.split()
-    batch = predictor.encode([text]).padded([0])
+    batch = predictor.encode([text]).batch([0])
     output, states = hidden_states(model, batch.ids, batch.mask)
     length = int(batch.mask.sum())
     by_place = {place: capacity(h, batch.mask)[0, :length] for place, h in states.items()}

@@ -151,7 +151,7 @@ def _figure3(rows: Results) -> list[str]:
         for name, by_k in row["rankers"].items():
             cells = [_cell(values["accuracy"]) for values in by_k.values()]
             start = [row["protocol"], row["setting"], len(row["seeds"])]
-            lines.append(_line([*start, "chance" if name == _RANDOM else "capacity", _cell(row["accuracy"]), *cells]))
+            lines.append(_line([*start, "random" if name == _RANDOM else "capacity", _cell(row["accuracy"]), *cells]))
     return lines
 
 

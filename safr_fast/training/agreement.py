@@ -23,7 +23,7 @@ class Agreement:
         if text.gate is not None:
             for role, gate in zip(truth.roles, text.gate.tolist(), strict=False):
                 self._gates.setdefault(role, []).append(gate)
-        attention = mean_attention(text.q, text.k)
+        attention = _mean_attention(text.q, text.k)
         length = len(attention)
         self._shares += [attention[j, i].item() * length for i, j in truth.pairs if max(i, j) < length]
 
@@ -46,7 +46,7 @@ def above(a: Tensor, b: Tensor) -> float:
     return (below.double().mean() / (2 * len(b))).item()
 
 
-def mean_attention(q: Tensor, k: Tensor) -> Tensor:
+def _mean_attention(q: Tensor, k: Tensor) -> Tensor:
     """(T, T): mean over heads of the weights of one text's queries and keys (H, T, D)."""
     scores = q @ k.mT / q.shape[-1] ** 0.5  # (H, T, T)
     return scores.softmax(-1).mean(dim=0)
