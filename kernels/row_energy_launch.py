@@ -8,12 +8,14 @@ from torch import Tensor
 from . import configs
 from .row_energy_moment import moment_backward_kernel, moment_kernel, quadratic_form_kernel
 from .row_energy_repair import row_energy_repair_backward_kernel, row_energy_repair_kernel
+from .row_energy_symmetric import row_energy_symmetric_kernel, row_energy_total_kernel
 from .row_energy_token import row_energy_token_backward_kernel, row_energy_token_kernel
 from .row_energy_wide import row_energy_wide_backward_kernel, row_energy_wide_kernel
 from .tensors import readable, spans
 
 NEVER = 2**31 - 1
 PARTIAL_BYTES = 64 << 20
+SYMMETRIC_OPERATIONS = 1 << 33  # from which half a Gram matrix is worth a second launch
 PROGRAMS = 256  # fills a large GPU twice; a constant, so that the order of sums does not depend on the device
 
 
@@ -109,13 +111,32 @@ def _norm_of(moments: Tensor) -> Tensor:
 
 
 def _launch_token(batch: Batch, energy: Tensor, norm: Tensor) -> None:
-    keeps_rows = configs.keeps_rows(batch.bits, batch.E)
-    kernel = row_energy_token_kernel if keeps_rows else row_energy_wide_kernel
-    config = batch.config("token" if keeps_rows else "wide", batch.bits)
+    if configs.keeps_rows(batch.bits, batch.E):
+        kernel, config = row_energy_token_kernel, batch.config("token", batch.bits)
+    else:
+        kernel, config = row_energy_wide_kernel, batch.config("wide", batch.bits)
+        operations = 2 * batch.S * batch.T**2 * batch.E
+        if config.rows == config.columns and not batch.packed and operations >= SYMMETRIC_OPERATIONS:
+            _launch_symmetric(batch, config, energy, norm)
+            return
     kernel[(batch.tiles(config.rows),)](
         *batch.tensors, energy, norm, *batch.sizes,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
         **config.execution,
+    )  # fmt: skip
+
+
+def _launch_symmetric(batch: Batch, config: configs.Config, energy: Tensor, norm: Tensor) -> None:
+    h, mask, span, _ = batch.tensors
+    tiles = triton.cdiv(batch.T, config.rows)
+    partial = energy.new_empty(batch.S, tiles, batch.T)
+    sizes = (batch.T, batch.E, batch.threshold, tiles, *h.stride()[:2])
+    row_energy_symmetric_kernel[(tiles * tiles * batch.S,)](
+        h, mask, span, partial, *sizes,
+        BLOCK_T=config.rows, BLOCK_E=config.features, PRECISION=batch.precision, **config.execution,
+    )  # fmt: skip
+    row_energy_total_kernel[(tiles * batch.S,)](
+        h, mask, span, partial, energy, norm, batch.S, *sizes, BLOCK_T=config.rows, BLOCK_E=config.features,
     )  # fmt: skip
 
 

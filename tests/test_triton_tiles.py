@@ -109,3 +109,24 @@ def test_a_head_in_one_program_equals_a_head_in_tiles(
     for in_one, in_tiles in zip(*results, strict=True):
         assert in_one.shape == in_tiles.shape
         torch.testing.assert_close(in_one, in_tiles, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_half_a_gram_matrix_gives_what_all_of_it_does(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safr_fast.kernels import launch, row_energy_launch
+
+    h = normal(3, 150, 100, seed=1)
+    mask = None
+    if masked:
+        mask = normal(3, 150, seed=2) > -0.5
+        mask[0, 70:] = mask[1, :64] = mask[2] = False
+        h = h.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    whole = launch.row_energy(h, mask, None, False)
+    launched = []
+    symmetric = row_energy_launch._launch_symmetric
+    monkeypatch.setattr(row_energy_launch, "_launch_symmetric", lambda *args: launched.append(symmetric(*args)))
+    monkeypatch.setattr(row_energy_launch, "SYMMETRIC_OPERATIONS", 0)
+    half = launch.row_energy(h, mask, None, False)
+    assert launched
+    for in_half, in_whole in zip(half, whole, strict=True):
+        torch.testing.assert_close(in_half, in_whole, rtol=1e-5, atol=0)
