@@ -127,10 +127,8 @@ _UNALIGNED = {
 def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
-    table = _CONFIGS | _OVERRIDES.get(kind, {})
-    if width % ALIGNED != 0 and kind != "interpreter":
-        table |= _UNALIGNED
-    found = table[kernel, bits]
+    unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
+    found = next(table[kernel, bits] for table in (unaligned, _OVERRIDES[kind], _CONFIGS) if (kernel, bits) in table)
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 
