@@ -40,6 +40,8 @@ _CONFIGS = {
     ("wide", 32): Config(64, 64, 32),
     ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
     ("wide_backward", 32): Config(64, 32, 32, out=64),
+    ("weight_product", 16): Config(64, 64, 0, out=128),
+    ("weight_product", 32): Config(64, 32, 0, out=32),
     ("repair_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
     ("repair_backward", 32): Config(64, 32, 32, out=64),
     ("moment", 16): Config(64, 0, 64),
@@ -85,6 +87,7 @@ _OVERRIDES = {
     "interpreter": {  # pays by the tile
         ("wide", 32): Config(64, 64, 128),
         ("wide_backward", 32): Config(64, 64, 128, out=128),
+        ("weight_product", 32): Config(64, 64, 0, out=128),
         ("repair_backward", 32): Config(64, 64, 128, out=128),
         ("moment", 32): Config(64, 0, 128),
         ("quadratic_form", 32): Config(64, 0, 128),

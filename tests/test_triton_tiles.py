@@ -10,6 +10,7 @@ from support import (
     plain_interaction_total,
     plain_interaction_total_from_qk,
     plain_row_energy,
+    relative_error,
 )
 from test_accuracy import total, total_from_qk
 from torch import Tensor
@@ -115,18 +116,23 @@ def test_a_head_in_one_program_equals_a_head_in_tiles(
 def test_half_a_gram_matrix_gives_what_all_of_it_does(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from safr_fast.kernels import launch, row_energy_launch
 
-    h = normal(3, 150, 100, seed=1)
+    h = normal(3, 150, 140, seed=1)
     mask = None
     if masked:
         mask = normal(3, 150, seed=2) > -0.5
         mask[0, 70:] = mask[1, :64] = mask[2] = False
         h = h.masked_fill(~mask.unsqueeze(-1), torch.nan)
-    whole = launch.row_energy(h, mask, None, False)
-    launched = []
-    symmetric = row_energy_launch._launch_symmetric
-    monkeypatch.setattr(row_energy_launch, "_launch_symmetric", lambda *args: launched.append(symmetric(*args)))
-    monkeypatch.setattr(row_energy_launch, "SYMMETRIC_OPERATIONS", 0)
-    half = launch.row_energy(h, mask, None, False)
-    assert launched
-    for in_half, in_whole in zip(half, whole, strict=True):
-        torch.testing.assert_close(in_half, in_whole, rtol=1e-5, atol=0)
+    alpha, beta = normal(3, 150, seed=3), normal(3, 150, seed=4)
+
+    def results() -> tuple[Tensor, ...]:
+        energy, norm, moments = launch.row_energy(h, mask, None, False)
+        return energy, norm, launch.row_energy_backward(h, mask, None, energy, norm, moments, alpha, beta)
+
+    whole = results()
+    whole_gram = (row_energy_launch.row_energy_wide_kernel, row_energy_launch.row_energy_wide_backward_kernel)
+    monkeypatch.setattr(row_energy_launch, "MANY_OPERATIONS", 0)
+    monkeypatch.setattr(row_energy_launch, "WEIGHT_BYTES", 2 * 4 * 192**2)  # two samples, then the third
+    for kernel in whole_gram:
+        monkeypatch.delattr(row_energy_launch, kernel.__name__)
+    for in_half, in_whole in zip(results(), whole, strict=True):
+        assert relative_error(in_half, in_whole) < 1e-6
