@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
+WIDEST_UNALIGNED_ROW = 128
 ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 
 
@@ -39,6 +40,8 @@ _CONFIGS = {
     ("wide", 32): Config(64, 64, 32),
     ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
     ("wide_backward", 32): Config(64, 32, 32, out=64),
+    ("weight_product", 16): Config(64, 64, 0, out=128),
+    ("weight_product", 32): Config(64, 32, 0, out=32),
     ("repair_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
     ("repair_backward", 32): Config(64, 32, 32, out=64),
     ("moment", 16): Config(64, 0, 64),
@@ -84,6 +87,7 @@ _OVERRIDES = {
     "interpreter": {  # pays by the tile
         ("wide", 32): Config(64, 64, 128),
         ("wide_backward", 32): Config(64, 64, 128, out=128),
+        ("weight_product", 32): Config(64, 64, 0, out=128),
         ("repair_backward", 32): Config(64, 64, 128, out=128),
         ("moment", 32): Config(64, 0, 128),
         ("quadratic_form", 32): Config(64, 0, 128),
@@ -100,11 +104,11 @@ _OVERRIDES = {
 # that the tiles above would spill hundreds of bytes.
 _UNALIGNED = {
     ("token", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
-    ("token_backward", 16): Config(32, 32, WIDEST_ROW, num_warps=8),
+    ("token_backward", 16): Config(32, 32, WIDEST_ROW),
     ("wide", 16): Config(64, 32, 32, num_warps=8),
     ("wide", 32): Config(64, 32, 16, num_warps=8),
     ("wide_backward", 16): Config(64, 32, 32, out=32),
-    ("wide_backward", 32): Config(64, 32, 16, out=32, num_warps=8),
+    ("wide_backward", 32): Config(64, 16, 16, out=32),
     ("repair_backward", 16): Config(64, 32, 32, out=32),
     ("repair_backward", 32): Config(64, 32, 16, out=32),
     ("moment", 16): Config(64, 0, 32, num_warps=8),
@@ -126,10 +130,8 @@ _UNALIGNED = {
 def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
-    table = _CONFIGS | _OVERRIDES.get(kind, {})
-    if width % ALIGNED != 0 and kind != "interpreter":
-        table |= _UNALIGNED
-    found = table[kernel, bits]
+    unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
+    found = next(table[kernel, bits] for table in (unaligned, _OVERRIDES[kind], _CONFIGS) if (kernel, bits) in table)
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 
@@ -145,7 +147,7 @@ def architecture(device: torch.device) -> str:
 
 def keeps_rows(bits: int, width: int) -> bool:
     """Whether whole rows fit in a program; else they are cut in tiles of features."""
-    return bits == 16 and width <= WIDEST_ROW
+    return bits == 16 and width <= (WIDEST_ROW if width % ALIGNED == 0 else WIDEST_UNALIGNED_ROW)
 
 
 def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:

@@ -1,7 +1,8 @@
 """Launches primitive 2 over samples of one padded length: chunks of heads whose T×T matrices fit a bounded workspace.
 
 Per head the workspace holds A, M and φ(G), the last of which ∂L/∂s replaces: 6 T² bytes for 16-bit input, 12 T² for
-float32. Every head is computed alone, so that results do not depend on the chunk.
+float32. Every head is computed alone, so that results do not depend on the chunk. Heads of few tokens take
+no workspace: a program each does them.
 """
 
 from dataclasses import dataclass

@@ -82,6 +82,13 @@ def test_the_importance_loss_takes_six_launches(
     assert backward == ["importance_backward_kernel", *find_tokens, "row_energy_wide_backward_kernel"]
 
 
+def test_sixteen_bits_take_no_more_up_to_512_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = normal(1, 512, 16, dtype=torch.float16)
+    forward, backward = forward_and_backward(lambda h: sf.importance_loss(h, impl="triton"), [h], monkeypatch)
+    assert forward == ["row_energy_token_kernel", "importance_kernel"]
+    assert backward == ["importance_backward_kernel", "row_energy_wide_backward_kernel"]
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_the_interaction_of_short_samples_takes_one_launch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from safr_fast.kernels import launch

@@ -10,6 +10,7 @@ from support import (
     plain_interaction_total,
     plain_interaction_total_from_qk,
     plain_row_energy,
+    relative_error,
 )
 from test_accuracy import total, total_from_qk
 from torch import Tensor
@@ -109,3 +110,29 @@ def test_a_head_in_one_program_equals_a_head_in_tiles(
     for in_one, in_tiles in zip(*results, strict=True):
         assert in_one.shape == in_tiles.shape
         torch.testing.assert_close(in_one, in_tiles, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_half_a_gram_matrix_gives_what_all_of_it_does(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safr_fast.kernels import launch, row_energy_launch
+
+    h = normal(3, 150, 140, seed=1)
+    mask = None
+    if masked:
+        mask = normal(3, 150, seed=2) > -0.5
+        mask[0, 70:] = mask[1, :64] = mask[2] = False
+        h = h.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    alpha, beta = normal(3, 150, seed=3), normal(3, 150, seed=4)
+
+    def results() -> tuple[Tensor, ...]:
+        energy, norm, moments = launch.row_energy(h, mask, None, False)
+        return energy, norm, launch.row_energy_backward(h, mask, None, energy, norm, moments, alpha, beta)
+
+    whole = results()
+    whole_gram = (row_energy_launch.row_energy_wide_kernel, row_energy_launch.row_energy_wide_backward_kernel)
+    monkeypatch.setattr(row_energy_launch, "MANY_OPERATIONS", 0)
+    monkeypatch.setattr(row_energy_launch, "WEIGHT_BYTES", 2 * 4 * 192**2)  # two samples, then the third
+    for kernel in whole_gram:
+        monkeypatch.delattr(row_energy_launch, kernel.__name__)
+    for in_half, in_whole in zip(results(), whole, strict=True):
+        assert relative_error(in_half, in_whole) < 1e-6
