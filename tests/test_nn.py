@@ -158,6 +158,19 @@ def test_packed_texts_are_classified_as_padded_ones(kind: type[TransformerClassi
     torch.testing.assert_close(*gradients)
 
 
+def test_embeddings_may_be_given_in_place_of_their_words() -> None:
+    ids, mask = tokens(5, 3)
+    packed, cu_seqlens = ids[mask], offsets([5, 3])
+    model = classifier().eval()
+    given = torch.randn_like(model.embedding(ids))
+    for output, own in (
+        (model(ids, mask, embedded=model.embedding(ids)), model(ids, mask)),
+        (model(ids, mask, embedded=given), model(packed, cu_seqlens=cu_seqlens, embedded=given[mask])),
+    ):
+        torch.testing.assert_close(output.logits, own.logits)
+    assert not torch.allclose(model(ids, mask, embedded=given).logits, model(ids, mask).logits)
+
+
 def test_packed_texts_exclude_a_mask_and_may_be_none() -> None:
     model = classifier()
     ids, mask = tokens(3, 2)

@@ -14,9 +14,11 @@ from torch import Tensor
 from safr_fast.data import Vocabulary, sources, synthetic
 from safr_fast.data.batches import EncodedSplit
 from safr_fast.data.corpus import Split
+from safr_fast.evaluation import Predictor
 from safr_fast.training import ModelConfig, OptionError, TrainConfig, load_run, loop, train
 from safr_fast.training.measure import build_loss, evaluate, forward, gradient_norms
 from safr_fast.training.model import build_model
+from safr_fast.training.plan import share, steps
 from safr_fast.training.protocol import MASKED, PROTOCOLS, RELEASED
 from safr_fast.training.run import RunFolder
 
@@ -133,15 +135,39 @@ def test_the_protocol_says_which_epoch_is_tested(
     assert (result.best_epoch, result.epochs) == (2, 4)
     for weights in (seen[-1], RunFolder(result.out).load_model()):
         assert all(torch.equal(weights[name], seen[tested - 1][name]) for name in weights)
-    assert lines[-1].startswith(f"{said}: dev accuracy")
+    assert sum(line.startswith(f"{said}: dev accuracy") for line in lines) == 1
 
 
-def test_a_released_run_comes_back_as_it_was_tested(corpus: Any, tmp_path: Path) -> None:
-    config = TrainConfig(protocol="released", max_len=24, epochs=2, device="cpu", model=TINY, out=tmp_path / "run")
+@pytest.mark.parametrize("protocol", ["masked", "released"])
+def test_a_run_comes_back_as_it_was_tested(corpus: Any, tmp_path: Path, protocol: Any) -> None:
+    config = TrainConfig(protocol=protocol, max_len=24, epochs=2, device="cpu", model=TINY, out=tmp_path / "run")
     result = train(config, report=lambda _: None)
     model, vocabulary, stored = load_run(result.out)
-    assert (stored.protocol, model.pads_count) == ("released", True)
-    assert evaluate(model, EncodedSplit.of(corpus.test, vocabulary, 24, width=24), stored) == result.test
+    width = PROTOCOLS[protocol].width(24)
+    assert (stored.protocol, model.pads_count, width) == (protocol, *((True, 24) if width else (False, None)))
+    assert evaluate(model, EncodedSplit.of(corpus.test, vocabulary, 24, width=width), stored) == result.test
+    predicted = Predictor(model, vocabulary, stored)([text.split() for text in corpus.test.texts]).argmax(1)
+    assert (predicted == torch.tensor(corpus.test.labels)).double().mean() == pytest.approx(result.test["accuracy"])
+
+
+@pytest.mark.parametrize("batches", [{"batch_size": 7}, {"batch_tokens": 120}], ids=["by texts", "by tokens"])
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_batches_with_pads_that_count_add_up_to_one_step(corpus: Any, batches: dict[str, int], variant: Any) -> None:
+    vocabulary = Vocabulary.of(corpus.train.texts)
+    split = EncodedSplit.of(corpus.train, vocabulary, 24, width=24)
+    model = build_model(len(vocabulary), TINY, pads_count=True).eval()
+    loss = build_loss(TrainConfig(model=TINY, variant=variant), 0.5, 0.25)
+
+    def gradients(**options: int) -> list[Tensor]:
+        (step,) = steps(split, TrainConfig(accumulate=1_000, **options), 1)  # type: ignore[arg-type]
+        model.zero_grad()
+        for rows in step.batches:
+            batch = RELEASED.batch(split, rows)
+            share(step, batch, loss, forward(model, loss, batch, RELEASED)[1]).backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    for ours, expected in zip(gradients(**batches), gradients(batch_size=len(split)), strict=True):
+        assert relative_error(ours, expected) < 1e-4
 
 
 def test_the_released_protocol_has_fixed_lengths_and_needs_one() -> None:
@@ -160,14 +186,16 @@ def test_the_last_fifth_of_each_class_is_the_released_development_split() -> Non
     assert list(train_split.texts) == [f"text {i}" for i in range(16)]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("protocol", ["masked", "released"])
 def test_gradient_norms_are_logged_when_asked_for_and_change_nothing(
-    corpus: Any, tmp_path: Path, protocol: Any
+    corpus: Any, tmp_path: Path, protocol: Any, accumulate: int
 ) -> None:
     def run(name: str, log_gradients: bool) -> tuple[Path, list[dict[str, float]]]:
         config = TrainConfig(
             protocol=protocol, max_len=24, epochs=1, log_every=1, log_gradients=log_gradients,
-            lambda_importance=0.5, lambda_interaction=0.25, device="cpu", model=TINY, out=tmp_path / name,
+            accumulate=accumulate, lambda_importance=0.5, lambda_interaction=0.25, device="cpu", model=TINY,
+            out=tmp_path / name,
         )  # fmt: skip
         out = train(config, report=lambda _: None).out
         records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -175,6 +203,7 @@ def test_gradient_norms_are_logged_when_asked_for_and_change_nothing(
 
     plain_out, plain = run("plain", False)
     logged_out, logged = run("logged", True)
+    assert len(logged) == 3 // accumulate + 3 % accumulate
     names = {f"gradient_{term}" for term in ("cross_entropy", "importance", "interaction")}
     names |= {"gradient_importance_weighted", "gradient_interaction_weighted"}
     for without, with_norms in zip(plain, logged, strict=True):
@@ -184,6 +213,11 @@ def test_gradient_norms_are_logged_when_asked_for_and_change_nothing(
         assert without == {name: with_norms[name] for name in without}
     weights = [RunFolder(out).load_model() for out in (plain_out, logged_out)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_gradient_norms_do_not_go_with_compiled_steps() -> None:
+    with pytest.raises(OptionError, match="log_gradients goes back several times, as a compiled step cannot"):
+        TrainConfig(log_gradients=True, compile=True)
 
 
 def test_a_gradient_norm_is_that_of_a_backward_pass(corpus: Any) -> None:

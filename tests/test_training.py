@@ -255,9 +255,14 @@ def test_every_text_weighs_the_same_in_an_epoch_of_batches_by_tokens(
         torch.testing.assert_close(ours, len(planned) * expected, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_trains_by_nearly_the_same_terms(tmp_path: Path) -> None:
+BOTH = pytest.mark.parametrize("protocol", [{}, {"protocol": "released", "max_len": 24}], ids=["masked", "released"])
+
+
+@BOTH
+def test_bfloat16_trains_by_nearly_the_same_terms(tmp_path: Path, protocol: dict[str, Any]) -> None:
     exact, rounded = (
-        records(run(tmp_path / str(bf16), bf16=bf16, epochs=1, log_every=1).out, "step") for bf16 in (False, True)
+        records(run(tmp_path / str(bf16), bf16=bf16, epochs=1, log_every=1, **protocol).out, "step")
+        for bf16 in (False, True)
     )
     for ours, expected in zip(rounded, exact, strict=True):
         for name in ("cross_entropy", "importance", "interaction"):
@@ -265,7 +270,10 @@ def test_bfloat16_trains_by_nearly_the_same_terms(tmp_path: Path) -> None:
             assert ours["train"][name] != expected["train"][name]
 
 
-def test_compiled_steps_are_the_steps_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH
+def test_compiled_steps_are_the_steps_uncompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: dict[str, Any]
+) -> None:
     """Without random numbers, which a compiler draws in its own way, and without generating code, which takes long."""
     compiled: list[torch.nn.Module] = []
 
@@ -278,7 +286,7 @@ def test_compiled_steps_are_the_steps_uncompiled(tmp_path: Path, monkeypatch: py
     torch.compiler.reset()
     still = dataclasses.replace(TINY, gate=False, dropout=0.0)
     for name in ("eager", "compiled"):
-        run(tmp_path / name, epochs=1, log_every=1, model=still, compile=name == "compiled")
+        run(tmp_path / name, epochs=1, log_every=1, model=still, compile=name == "compiled", **protocol)
     assert len(compiled) == 1
     for a, b in zip(records(tmp_path / "eager", "step"), records(tmp_path / "compiled", "step"), strict=True):
         assert a["train"] == pytest.approx(b["train"], rel=1e-4)
@@ -351,6 +359,19 @@ def test_a_resumed_run_ends_as_if_never_interrupted(
     assert len(steps) == 16 - max((step - 1) // 4 * 4, (step - 1) // checkpoint_every * checkpoint_every)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
     assert not (tmp_path / "parts" / "state.safetensors").exists()
+
+
+def test_a_resumed_run_with_pads_that_count_ends_as_if_never_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"protocol": "released", "max_len": 24, "epochs": 2, "checkpoint_every": 3}
+    run(tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", **options)
+    run(tmp_path / "parts", resume=True, **options)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
