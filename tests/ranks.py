@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 import safr_fast as sf
 from safr_fast.data import Corpus, synthetic
@@ -68,6 +67,8 @@ def train_together(out: Path, options: dict[str, Any]) -> tuple[TrainResult, lis
 
 def sharded_step(variant: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Loss terms and whole gradients of a model sharded by FSDP2, of this rank's half of four texts."""
+    from torch.distributed.fsdp import fully_shard  # loads the compiler, which the other tests do without
+
     model, loss, texts = small_model(variant)
     fully_shard(model.layers[0])
     fully_shard(model)

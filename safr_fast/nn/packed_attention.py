@@ -2,11 +2,15 @@
 
 import importlib.util
 import itertools
-from typing import cast
+import sys
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Form = TypeVar("Form", bound=Callable[..., Tensor])
 
 _has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None  # from torch 2.10 on
 
@@ -25,16 +29,23 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     kernel for CPUs.
     """
     if q.device.type != "cuda":
-        return _by_sequence(q, k, v, cu_seqlens)
+        return _uncompiled(_by_sequence)(q, k, v, cu_seqlens)
     flash = q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(q.device)[0] >= 8
     if flash and _has_varlen:
         from torch.nn.attention.varlen import varlen_attn
 
         return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
-    return _nested(q, k, v, cu_seqlens, max_seqlen)
+    return _uncompiled(_nested)(q, k, v, cu_seqlens, max_seqlen)
 
 
-@torch.compiler.disable
+def _uncompiled(function: Form) -> Form:
+    """The same out of the compiler's sight, since it would specialise on the lengths.
+
+    Only where the compiler is loaded: ``torch.compiler.disable`` loads it, which takes as long as torch itself.
+    """
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     runs = [(length, len([*run])) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
     tokens = [length * count for length, count in runs]
@@ -46,7 +57,6 @@ def _by_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.cat(contexts) if contexts else torch.zeros_like(q)
 
 
-@torch.compiler.disable
 def _nested(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     offsets = cu_seqlens.long()
     q, k, v = (
