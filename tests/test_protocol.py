@@ -13,7 +13,7 @@ from safr_fast.data import Vocabulary, sources, synthetic
 from safr_fast.data.batches import EncodedSplit
 from safr_fast.data.corpus import Split
 from safr_fast.training import ModelConfig, OptionError, TrainConfig, load_run, loop, train
-from safr_fast.training.measure import build_loss, evaluate, forward, gradient_norms
+from safr_fast.training.measure import build_loss, evaluate, forward, gradient_norms, real_words
 from safr_fast.training.model import build_model
 from safr_fast.training.protocol import MASKED, RELEASED
 from safr_fast.training.run import RunFolder
@@ -61,12 +61,13 @@ def test_the_released_protocol_computes_what_the_released_code_does(corpus: Any)
     split = EncodedSplit.of(corpus.test, vocabulary, WIDTH, width=RELEASED.width(WIDTH))
     batch = split.batch([3, 1, 4, 7])
     assert batch.ids.shape == (4, WIDTH)
-    assert not batch.mask.all()
+    words = real_words(batch)
+    assert not words.all()
     torch.manual_seed(0)
     model = build_model(len(vocabulary), TINY, pads_count=True).eval()
     config = TrainConfig(protocol="released", model=TINY)
     output, parts = forward(model, build_loss(config, 1.0, 1.0), batch, RELEASED)
-    logits, importance, interaction = released_terms(model, batch.ids, batch.mask)
+    logits, importance, interaction = released_terms(model, batch.ids, words)
     torch.testing.assert_close(output.logits, logits)
     torch.testing.assert_close(parts.importance, importance)
     torch.testing.assert_close(parts.interaction, interaction)
@@ -94,17 +95,16 @@ def test_a_text_without_words_is_finite_under_both_protocols(corpus: Any) -> Non
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_the_masked_protocol_takes_no_notice_of_the_width(corpus: Any) -> None:
-    """Only the released protocol pads to a fixed length; where pads do not count it changes the cost alone."""
+def test_pads_are_tokens_of_one_protocol_and_the_gate_is_measured_on_words_alone(corpus: Any) -> None:
     vocabulary = Vocabulary.of(corpus.train.texts)
-    model = build_model(len(vocabulary), TINY)
-    config = TrainConfig(model=TINY)
-    narrow, wide = (EncodedSplit.of(corpus.test, vocabulary, WIDTH, width=width) for width in (None, WIDTH))
-    assert evaluate(model, narrow, config) == pytest.approx(evaluate(model, wide, config), rel=1e-5)
-    counting = build_model(len(vocabulary), TINY, pads_count=True)
+    model, counting = (build_model(len(vocabulary), TINY, pads_count=pads_count) for pads_count in (False, True))
     counting.load_state_dict(model.state_dict())
-    released = TrainConfig(protocol="released", model=TINY)
-    assert evaluate(counting, wide, released) != pytest.approx(evaluate(model, narrow, config), rel=1e-3)
+    short, padded = (EncodedSplit.of(corpus.test, vocabulary, WIDTH, width=width) for width in (0, WIDTH))
+    assert (padded.lengths == WIDTH).all()
+    masked = evaluate(model, short, TrainConfig(model=TINY))
+    released = evaluate(counting, padded, TrainConfig(protocol="released", model=TINY))
+    assert released["gate"] == pytest.approx(masked["gate"], rel=1e-5)
+    assert all(released[name] != pytest.approx(masked[name], rel=1e-2) for name in ("importance", "interaction"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safr_fast.data.vocabulary import PAD, Vocabulary
 
 
 class Batch(NamedTuple):
-    """Texts padded on the right to the longest of them, or to the split's width."""
+    """Texts padded on the right to the longest of them."""
 
     ids: Tensor  # (B, T) int64
     mask: Tensor  # (B, T) bool, true where a token is real
@@ -31,17 +31,15 @@ class EncodedSplit:
     ids: Tensor  # (tokens,) int64
     offsets: Tensor  # (texts + 1,) int64
     labels: Tensor  # (texts,) int64
-    width: int | None = None
-    """Every batch is padded to this; None: to its longest text."""
 
     @classmethod
-    def of(
-        cls, split: Split, vocabulary: Vocabulary, max_len: int | None = None, *, width: int | None = None
-    ) -> "EncodedSplit":
+    def of(cls, split: Split, vocabulary: Vocabulary, max_len: int | None = None, *, width: int = 0) -> "EncodedSplit":
+        """``width``: texts that are shorter get pads up to it, which from then on are tokens like others."""
         encoded = [vocabulary.encode(text, max_len) for text in split.texts]
+        encoded = [numbers + [PAD] * (width - len(numbers)) for numbers in encoded]
         ids = torch.tensor([number for numbers in encoded for number in numbers], dtype=torch.int64)
         lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
-        return cls(ids, lengths.cumsum(0), torch.tensor(split.labels, dtype=torch.int64), width)
+        return cls(ids, lengths.cumsum(0), torch.tensor(split.labels, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,15 +48,10 @@ class EncodedSplit:
     def lengths(self) -> Tensor:
         return self.offsets.diff()
 
-    @property
-    def widths(self) -> Tensor:
-        """Positions that each text takes by itself: its length, or the width."""
-        return self.lengths if self.width is None else torch.full_like(self.labels, self.width)
-
     def batch(self, rows: list[int]) -> Batch:
         index = torch.tensor(rows)
         lengths = self.lengths[index]
-        position = torch.arange(self.width or int(lengths.max()))  # (T,)
+        position = torch.arange(int(lengths.max()))  # (T,)
         mask = position < lengths[:, None]  # (B, T)
         source = (self.offsets[index, None] + position).where(mask, 0)
         ids = self.ids[source] if len(self.ids) else source

@@ -139,8 +139,8 @@ class _Run:
         started = time.perf_counter()
         # All randomness of an epoch follows from the seed and its number, so that a resumed run repeats it.
         torch.manual_seed(epoch_seed(self.config.seed, epoch))
-        order = shuffled_buckets(self.train.widths, self.config.batch_size, self.config.seed, epoch)
-        whole, recent, step = self._means(), self._means(), self.progress.step
+        order = shuffled_buckets(self.train.lengths, self.config.batch_size, self.config.seed, epoch)
+        whole, recent, step = Means(self.config.variant), Means(self.config.variant), self.progress.step
         self.model.train()
         for rows in tqdm(order, f"epoch {epoch}", leave=False, unit="step", disable=None):
             batch = self.train.batch(rows).to(self.device)
@@ -158,13 +158,10 @@ class _Run:
                 latest = recent.read() | norms
                 check_finite(latest, f"training, steps up to {step}")
                 self.folder.append_metrics({"event": "step", "epoch": epoch, "step": step, "train": latest})
-                recent = self._means()
+                recent = Means(self.config.variant)
         trained = whole.read()
         check_finite(trained, f"training, epoch {epoch}")
         self._close_epoch(epoch, step, trained, time.perf_counter() - started)
-
-    def _means(self) -> Means:
-        return Means(self.config.variant, pads_count=self.protocol.pads_count)
 
     def _close_epoch(self, epoch: int, step: int, trained: dict[str, float], seconds: float) -> None:
         started = time.perf_counter()

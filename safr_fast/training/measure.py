@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from safr_fast.data.batches import Batch, EncodedSplit, by_length
+from safr_fast.data.vocabulary import PAD
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training.agreement import Agreement
@@ -20,12 +21,11 @@ _EVALUATION_BATCH = 64
 class Means:
     """Means of named values over batches, summed where the values are, so that a GPU is not waited for.
 
-    ``variant`` of the regularisers, and whether pads count in them, say what their values are means over.
+    ``variant``: of the regularisers; it says what their values are means over.
     """
 
-    def __init__(self, variant: Variant, *, pads_count: bool = False) -> None:
+    def __init__(self, variant: Variant) -> None:
         self._importance_is_per_token = variant == "released"
-        self._pads_count = pads_count
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor | int] = {}
 
@@ -37,16 +37,17 @@ class Means:
                 self._weights[name] = self._weights.get(name, 0) + weight
 
     def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
-        """The terms, the accuracy, and the mean gate over real tokens."""
+        """The terms, the accuracy, and the mean gate over real words."""
         tokens = batch.mask.sum()
-        counted = batch.mask.numel() if self._pads_count else tokens
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
         self.add({"accuracy": accuracy}, len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
-            self.add({name: value}, counted if per_token else len(batch.rows))
+            self.add({name: value}, tokens if per_token else len(batch.rows))
         if output.gate is not None:
-            self.add({"gate": output.gate.where(batch.mask, 0).sum() / tokens.clamp(min=1)}, tokens)
+            words = real_words(batch)
+            count = words.sum()
+            self.add({"gate": output.gate.where(words, 0).sum() / count.clamp(min=1)}, count)
 
     def read(self) -> dict[str, float]:
         return {name: float(total) / max(float(self._weights[name]), 1.0) for name, total in self._sums.items()}
@@ -58,11 +59,17 @@ def build_loss(config: TrainConfig, lambda_importance: float, lambda_interaction
     return SAFRLoss(lambda_importance, lambda_interaction, variant=config.variant, scale=scale, impl=config.impl)
 
 
+def real_words(batch: Batch) -> Tensor:
+    """(B, T): where a word is, neither padding of the batch nor a pad that the protocol has for a token."""
+    return batch.ids != PAD
+
+
 def forward(
     model: TransformerClassifier, loss: SAFRLoss, batch: Batch, protocol: Protocol
 ) -> tuple[ClassifierOutput, LossParts]:
-    output: ClassifierOutput = model(batch.ids, batch.mask)
-    parts = loss(output.logits, batch.labels, **protocol.regularised(output, batch.mask), return_parts=True)
+    words = real_words(batch)
+    output: ClassifierOutput = model(batch.ids, words)
+    parts = loss(output.logits, batch.labels, **protocol.regularised(output, words), return_parts=True)
     return output, parts
 
 
@@ -104,7 +111,7 @@ def evaluate(
     loss = build_loss(config, 1.0, 1.0)
     protocol = PROTOCOLS[config.protocol]
     device = model.classify.weight.device
-    means = Means(config.variant, pads_count=protocol.pads_count)
+    means = Means(config.variant)
     model.eval()
     with torch.inference_mode():
         for rows in by_length(split.lengths, _EVALUATION_BATCH):
@@ -113,7 +120,7 @@ def evaluate(
             terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
             means.add_batch(batch, output, terms)
             if agreement is not None:
-                agreement.add(batch, output)
+                agreement.add(batch._replace(mask=real_words(batch)), output)
     return means.read()
 
 

@@ -1,7 +1,7 @@
 """The two training protocols: what padding takes part in, and which epoch is tested."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ class Protocol:
     imdb_dev: Literal["drawn", "last"]
     """How IMDB's development texts are taken, see :func:`safr_fast.data.load`."""
 
-    def width(self, max_len: int | None) -> int | None:
-        """The length that every text is padded to; None: the longest of its batch."""
-        return max_len if self.pads_count else None
+    def width(self, max_len: int | None) -> int:
+        """The length that every text is padded to by tokens; 0: none is."""
+        return cast(int, max_len) if self.pads_count else 0
 
     def regularised(self, output: ClassifierOutput, mask: Tensor) -> dict[str, Any]:
-        """What :class:`safr_fast.SAFRLoss` takes: ``hidden``, ``qk`` and ``mask``.
+        """What :class:`safr_fast.SAFRLoss` takes: ``hidden``, ``qk`` and ``mask``. Here ``mask`` is of real words.
 
         With pads that count, the loss is told of no mask, and each pad's key gets a feature that closes it to every
         query, so that ``softmax(scale · q kᵀ)`` is the model's attention.
