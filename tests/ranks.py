@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 import safr_fast as sf
 from safr_fast.data import Corpus, synthetic
-from safr_fast.data.batches import Batch, PaddedBatch
+from safr_fast.data.batches import Batch
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import SAFRClassifier
 from safr_fast.training import ModelConfig, TrainConfig, TrainResult, loop
@@ -52,7 +52,7 @@ class Recording(loop.Means):
 
     rows: list[int] = []  # noqa: RUF012
 
-    def add_batch(self, batch: Batch | PaddedBatch, *arguments: Any) -> None:
+    def add_batch(self, batch: Batch, *arguments: Any) -> None:
         self.rows.extend(batch.rows)
         super().add_batch(batch, *arguments)
 

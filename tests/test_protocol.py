@@ -14,6 +14,7 @@ from torch import Tensor
 from safr_fast.data import Vocabulary, sources, synthetic
 from safr_fast.data.batches import EncodedSplit
 from safr_fast.data.corpus import Split
+from safr_fast.data.vocabulary import PAD
 from safr_fast.evaluation import Predictor
 from safr_fast.training import ModelConfig, OptionError, TrainConfig, load_run, loop, train
 from safr_fast.training.measure import build_loss, evaluate, forward, gradient_norms
@@ -63,15 +64,16 @@ def released_terms(model: torch.nn.Module, ids: Tensor, mask: Tensor) -> tuple[T
 def test_the_released_protocol_computes_what_the_released_code_does(corpus: Any) -> None:
     vocabulary = Vocabulary.of(corpus.train.texts)
     split = EncodedSplit.of(corpus.test, vocabulary, WIDTH, width=RELEASED.width(WIDTH))
-    batch = RELEASED.batch(split, [3, 1, 4, 7])
-    assert batch.ids.shape == (4, WIDTH)
-    assert not batch.mask.all()
+    batch = split.batch([3, 1, 4, 7])
+    ids = batch.ids.view(4, WIDTH)
+    words = ids != PAD
+    assert not words.all()
     torch.manual_seed(0)
     model = build_model(len(vocabulary), TINY, pads_count=True).eval()
     config = TrainConfig(protocol="released", model=TINY)
     output, parts = forward(model, build_loss(config, 1.0, 1.0), batch, RELEASED)
     exact = copy.deepcopy(model).double()
-    logits, importance, interaction = released_terms(exact, batch.ids, batch.mask)
+    logits, importance, interaction = released_terms(exact, ids, words)
     assert relative_error(output.logits, logits) < 1e-5
     for term, expected in ((parts.importance, importance), (parts.interaction, interaction)):
         assert term is not None
@@ -91,24 +93,22 @@ def test_a_text_without_words_is_finite_under_both_protocols(corpus: Any) -> Non
         split = EncodedSplit.of(Split(["", "the film"], [0, 1]), vocabulary, 4, width=protocol.width(4))
         model = build_model(len(vocabulary), TINY, pads_count=protocol.pads_count)
         config = TrainConfig(protocol=name, model=TINY)  # type: ignore[arg-type]
-        _, parts = forward(model, build_loss(config, 1.0, 1.0), protocol.batch(split, [0, 1]), protocol)
+        _, parts = forward(model, build_loss(config, 1.0, 1.0), split.batch([0, 1]), protocol)
         parts.total.backward()
         assert parts.total.isfinite()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_padding_changes_what_the_released_protocol_measures_and_nothing_of_the_masked(corpus: Any) -> None:
+def test_pads_are_tokens_of_one_protocol_and_the_gate_is_measured_on_words_alone(corpus: Any) -> None:
     vocabulary = Vocabulary.of(corpus.train.texts)
-    masked, counting = (build_model(len(vocabulary), TINY, pads_count=pads_count) for pads_count in (False, True))
-    counting.load_state_dict(masked.state_dict())
-    narrow, wide = (EncodedSplit.of(corpus.test, vocabulary, WIDTH, width=width) for width in (None, WIDTH))
-    padded, packed = wide.padded([3, 1, 4, 7]), MASKED.batch(wide, [3, 1, 4, 7])
-    outputs = masked.eval()(padded.ids, padded.mask), MASKED.forward(masked, packed)
-    torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
-    measured = evaluate(masked, narrow, TrainConfig(model=TINY))
-    assert evaluate(masked, wide, TrainConfig(model=TINY)) == pytest.approx(measured, rel=1e-5)
-    released = TrainConfig(protocol="released", model=TINY)
-    assert evaluate(counting, wide, released) != pytest.approx(measured, rel=1e-3)
+    model, counting = (build_model(len(vocabulary), TINY, pads_count=pads_count) for pads_count in (False, True))
+    counting.load_state_dict(model.state_dict())
+    short, padded = (EncodedSplit.of(corpus.test, vocabulary, WIDTH, width=width) for width in (0, WIDTH))
+    assert (padded.lengths == WIDTH).all()
+    masked = evaluate(model, short, TrainConfig(model=TINY))
+    released = evaluate(counting, padded, TrainConfig(protocol="released", model=TINY))
+    assert released["gate"] == pytest.approx(masked["gate"], rel=1e-5)
+    assert all(released[name] != pytest.approx(masked[name], rel=1e-2) for name in ("importance", "interaction"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_run_comes_back_as_it_was_tested(corpus: Any, tmp_path: Path, protocol
     result = train(config, report=lambda _: None)
     model, vocabulary, stored = load_run(result.out)
     width = PROTOCOLS[protocol].width(24)
-    assert (stored.protocol, model.pads_count, width) == (protocol, *((True, 24) if width else (False, None)))
+    assert (stored.protocol, model.pads_count) == (protocol, width > 0)
     assert evaluate(model, EncodedSplit.of(corpus.test, vocabulary, 24, width=width), stored) == result.test
     predicted = Predictor(model, vocabulary, stored)([text.split() for text in corpus.test.texts]).argmax(1)
     assert (predicted == torch.tensor(corpus.test.labels)).double().mean() == pytest.approx(result.test["accuracy"])
@@ -159,10 +159,10 @@ def test_batches_with_pads_that_count_add_up_to_one_step(corpus: Any, batches: d
     loss = build_loss(TrainConfig(model=TINY, variant=variant), 0.5, 0.25)
 
     def gradients(**options: int) -> list[Tensor]:
-        (step,) = steps(split, TrainConfig(accumulate=1_000, **options), 1)  # type: ignore[arg-type]
+        (step,) = steps(split.lengths, TrainConfig(accumulate=1_000, **options), 1)  # type: ignore[arg-type]
         model.zero_grad()
         for rows in step.batches:
-            batch = RELEASED.batch(split, rows)
+            batch = split.batch(rows)
             share(step, batch, loss, forward(model, loss, batch, RELEASED)[1]).backward()
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
@@ -225,7 +225,7 @@ def test_a_gradient_norm_is_that_of_a_backward_pass(corpus: Any) -> None:
     split = EncodedSplit.of(corpus.train, vocabulary)
     model = build_model(len(vocabulary), TINY)
     loss = build_loss(TrainConfig(model=TINY), 0.5, 0.0)
-    _, parts = forward(model, loss, MASKED.batch(split, [0, 1, 2]), MASKED)
+    _, parts = forward(model, loss, split.batch([0, 1, 2]), MASKED)
     norms = gradient_norms(loss, parts, model)
     assert set(norms) == {"gradient_cross_entropy", "gradient_importance", "gradient_importance_weighted"}
     assert parts.importance is not None

@@ -233,10 +233,10 @@ def test_accumulated_batches_are_one_step(
     trained: tuple[TransformerClassifier, EncodedSplit], batches: dict[str, int], variant: Any
 ) -> None:
     model, split = trained
-    planned = steps(split, TrainConfig(accumulate=1_000, **batches), 1)
+    planned = steps(split.lengths, TrainConfig(accumulate=1_000, **batches), 1)
     assert len(planned) == 1
     assert len(planned[0].batches) > 5
-    whole = steps(split, TrainConfig(batch_size=len(split)), 1)
+    whole = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
     pairs = zip(gradients(model, split, planned, variant), gradients(model, split, whole, variant), strict=True)
     for ours, expected in pairs:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
@@ -247,9 +247,9 @@ def test_every_text_weighs_the_same_in_an_epoch_of_batches_by_tokens(
     trained: tuple[TransformerClassifier, EncodedSplit], variant: Any
 ) -> None:
     model, split = trained
-    planned = steps(split, TrainConfig(batch_tokens=120), 1)
+    planned = steps(split.lengths, TrainConfig(batch_tokens=120), 1)
     assert len({len(step.batches[0]) for step in planned}) > 3
-    (whole,) = steps(split, TrainConfig(batch_size=len(split)), 1)
+    (whole,) = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
     pairs = zip(gradients(model, split, planned, variant), gradients(model, split, [whole], variant), strict=True)
     for ours, expected in pairs:
         torch.testing.assert_close(ours, len(planned) * expected, rtol=1e-4, atol=1e-5)

@@ -26,22 +26,6 @@ class Batch(NamedTuple):
         return Batch(ids, cu_seqlens, labels, *self[3:])
 
 
-class PaddedBatch(NamedTuple):
-    """Texts padded on the right to one width."""
-
-    ids: Tensor  # (B, T) int64
-    mask: Tensor  # (B, T) bool, true where a token is real
-    labels: Tensor  # (B,) int64
-    lengths: list[int]
-    """Real tokens of each text."""
-    rows: list[int]
-    """Which texts of the split these are."""
-
-    def to(self, device: torch.device) -> "PaddedBatch":
-        ids, mask, labels = (x.to(device, non_blocking=True) for x in self[:3])
-        return PaddedBatch(ids, mask, labels, *self[3:])
-
-
 @dataclass(frozen=True)
 class EncodedSplit:
     """A split as numbers: all texts in one row, text i from ``offsets[i]`` to ``offsets[i + 1]``."""
@@ -49,17 +33,15 @@ class EncodedSplit:
     ids: Tensor  # (tokens,) int64
     offsets: Tensor  # (texts + 1,) int64
     labels: Tensor  # (texts,) int64
-    width: int | None = None
-    """What a padded batch is padded to; None: its longest text."""
 
     @classmethod
-    def of(
-        cls, split: Split, vocabulary: Vocabulary, max_len: int | None = None, *, width: int | None = None
-    ) -> "EncodedSplit":
+    def of(cls, split: Split, vocabulary: Vocabulary, max_len: int | None = None, *, width: int = 0) -> "EncodedSplit":
+        """``width``: texts that are shorter get pads up to it, which from then on are tokens like others."""
         encoded = [vocabulary.encode(text, max_len) for text in split.texts]
+        encoded = [numbers + [PAD] * (width - len(numbers)) for numbers in encoded]
         ids = torch.tensor([number for numbers in encoded for number in numbers], dtype=torch.int64)
         lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
-        return cls(ids, lengths.cumsum(0), torch.tensor(split.labels, dtype=torch.int64), width)
+        return cls(ids, lengths.cumsum(0), torch.tensor(split.labels, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,11 +50,6 @@ class EncodedSplit:
     def lengths(self) -> Tensor:
         return self.offsets.diff()
 
-    @property
-    def widths(self) -> Tensor:
-        """Positions that each text takes: its length, or the width."""
-        return self.lengths if self.width is None else torch.full_like(self.labels, self.width)
-
     def batch(self, rows: list[int]) -> Batch:
         index = torch.tensor(rows)
         lengths = self.lengths[index]
@@ -80,15 +57,6 @@ class EncodedSplit:
         shift = (self.offsets[index] - cu_seqlens[:-1]).repeat_interleave(lengths)  # (N,)
         ids = self.ids[torch.arange(len(shift)) + shift]
         return Batch(ids, cu_seqlens.int(), self.labels[index], int(lengths.max()), rows)
-
-    def padded(self, rows: list[int]) -> PaddedBatch:
-        index = torch.tensor(rows)
-        lengths = self.lengths[index]
-        position = torch.arange(self.width or int(lengths.max()))  # (T,)
-        mask = position < lengths[:, None]  # (B, T)
-        source = (self.offsets[index, None] + position).where(mask, 0)
-        ids = self.ids[source] if len(self.ids) else source
-        return PaddedBatch(ids.where(mask, PAD), mask, self.labels[index], lengths.tolist(), rows)
 
 
 def shuffled_buckets(lengths: Tensor, batch_size: int, seed: int, epoch: int, pool: int = 50) -> list[list[int]]:

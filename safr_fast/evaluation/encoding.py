@@ -25,20 +25,20 @@ class Padded(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Word types of each text; every batch is padded to ``width``, or if that is None to its longest text."""
+    """Word types of each text; every batch is padded to its longest text, or to ``width`` if that is more."""
 
     texts: Sequence[Sequence[int]]
-    width: int | None = None
+    width: int = 0
 
     @classmethod
-    def of(cls, texts: Iterable[str], vocabulary: Vocabulary, max_len: int | None, width: int | None) -> "Encoded":
+    def of(cls, texts: Iterable[str], vocabulary: Vocabulary, max_len: int | None, width: int) -> "Encoded":
         return cls([vocabulary.encode(text, max_len) for text in texts], width)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def batch(self, rows: Sequence[int]) -> Padded:
-        length = max(self.width or 0, *(len(self.texts[row]) for row in rows), 0)
+        length = max(self.width, *(len(self.texts[row]) for row in rows), 0)
         ids = [[*self.texts[row], *[PAD] * (length - len(self.texts[row]))] for row in rows]
         lengths = torch.tensor([len(self.texts[row]) for row in rows])
         padded = torch.tensor(ids, dtype=torch.int64).view(len(rows), length)
@@ -48,7 +48,7 @@ class Encoded:
         """Rows of each batch in rising length: at most 64 texts, and fewer where their T×T matrices would be large."""
         found: list[list[int]] = []
         for row in sorted(range(len(self.texts)), key=lambda row: len(self.texts[row])):
-            length = max(self.width or 0, len(self.texts[row]))
+            length = max(self.width, len(self.texts[row]))
             if not found or len(found[-1]) == _TEXTS or (len(found[-1]) + 1) * length**2 > _CELLS:
                 found.append([])
             found[-1].append(row)

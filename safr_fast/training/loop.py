@@ -184,7 +184,7 @@ class _Run:
         """All randomness of an epoch follows from the seed and its number, so that a resumed run repeats it."""
         begun = self.progress.begun
         started = time.perf_counter() - begun.seconds
-        plan = steps(self.train, self.config, epoch, self.team.count)
+        plan = steps(self.train.lengths, self.config, epoch, self.team.count)
         whole, recent = self._means(), self._means()
         if self.team.first:
             whole, recent = self._means(begun.whole), self._means(begun.recent)
@@ -220,7 +220,7 @@ class _Run:
         idle = not own
         for i, (rows, seed) in enumerate(own or [(step.batches[0], step.seeds[0])], 1):
             torch.manual_seed(seed)
-            batch = self.protocol.batch(self.train, rows).to(self.device)
+            batch = self.train.batch(rows).to(self.device)
             last = i >= len(own)
             with self._gradients_exchanged(last):
                 output, parts = forward(self.network, self.loss, batch, self.protocol, self.config.bf16)

@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safr_fast.data.batches import Batch, EncodedSplit, PaddedBatch, by_length
+from safr_fast.data.batches import Batch, EncodedSplit, by_length
 from safr_fast.integrations.distributed import ALONE, Processes
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig, Variant
 from safr_fast.training.errors import RunError
-from safr_fast.training.protocol import PROTOCOLS, AnyBatch, Protocol
+from safr_fast.training.protocol import PROTOCOLS, Protocol
 
 _EVALUATION_TOKENS = 8192
 
@@ -27,40 +26,37 @@ class Means:
 
     Args:
         variant: of the regularisers; it says what their values are means over.
-        protocol: how the batches are laid out.
+        protocol: it says which tokens are words.
         begun: what :meth:`collected` gave, to go on from.
     """
 
-    def __init__(self, variant: Variant, protocol: Protocol[Any], begun: Mapping[str, Sum] | None = None) -> None:
+    def __init__(self, variant: Variant, protocol: Protocol, begun: Mapping[str, Sum] | None = None) -> None:
         self._importance_is_per_token = variant == "released"
         self._protocol = protocol
         self._sums: dict[str, Tensor | float] = {name: total for name, (total, _) in (begun or {}).items()}
-        self._weights: dict[str, int] = {name: weight for name, (_, weight) in (begun or {}).items()}
+        self._weights: dict[str, Tensor | int] = {name: weight for name, (_, weight) in (begun or {}).items()}
 
-    def add(self, values: Mapping[str, Tensor | None], weight: int) -> None:
+    def add(self, values: Mapping[str, Tensor | None], weight: Tensor | int) -> None:
         """``weight``: what each value is a mean over, for example samples. None: not measured."""
         for name, value in values.items():
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().double() * weight
                 self._weights[name] = self._weights.get(name, 0) + weight
 
-    def add_batch(
-        self, batch: Batch | PaddedBatch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]
-    ) -> None:
-        """The terms, the accuracy, and the mean gate over real tokens."""
+    def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
+        """The terms, the accuracy, and the mean gate over words."""
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
         self.add({"accuracy": accuracy}, len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
-            self.add({name: value}, batch.ids.numel() if per_token else len(batch.rows))
-        gates = self._protocol.gates(output, batch)
-        if gates is not None:
-            total, tokens = gates
-            self.add({"gate": total / max(tokens, 1)}, tokens)
+            self.add({name: value}, len(batch.ids) if per_token else len(batch.rows))
+        if output.gate is not None:
+            mean, words = self._protocol.mean_gate(output.gate, batch)
+            self.add({"gate": mean}, words)
 
     def collected(self, team: Processes = ALONE) -> dict[str, Sum]:
         """Sums and their weights over all processes."""
-        own = {name: (float(total), self._weights[name]) for name, total in self._sums.items()}
+        own = {name: (float(total), int(self._weights[name])) for name, total in self._sums.items()}
         everyone = team.gather(own)
         names = dict.fromkeys(name for sums in everyone for name in sums)
         return {name: _added(sums[name] for sums in everyone if name in sums) for name in names}
@@ -81,7 +77,7 @@ def build_loss(config: TrainConfig, lambda_importance: float, lambda_interaction
 
 
 def forward(
-    model: nn.Module, loss: SAFRLoss, batch: AnyBatch, protocol: Protocol[AnyBatch], bf16: bool = False
+    model: nn.Module, loss: SAFRLoss, batch: Batch, protocol: Protocol, bf16: bool = False
 ) -> tuple[ClassifierOutput, LossParts]:
     """``model``: a classifier, compiled or spread over processes or not; its output and the loss of a batch."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
@@ -138,8 +134,8 @@ def evaluate(
     means = Means(config.variant, protocol)
     model.eval()
     with torch.inference_mode():
-        for rows in by_length(split.widths, _EVALUATION_TOKENS)[team.rank :: team.count]:
-            batch = protocol.batch(split, rows).to(device)
+        for rows in by_length(split.lengths, _EVALUATION_TOKENS)[team.rank :: team.count]:
+            batch = split.batch(rows).to(device)
             output, parts = forward(model, loss, batch, protocol, config.bf16)
             terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
             means.add_batch(batch, output, terms)
