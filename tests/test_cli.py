@@ -227,5 +227,5 @@ def test_a_killed_process_is_taken_up_again(capsys: pytest.CaptureFixture[str], 
     assert "going on after epoch" in text
     status, whole, _ = call(capsys, *options, "--out", str(tmp_path / "whole"))
     assert status == 0
-    assert text.splitlines()[-4:] == whole.splitlines()[-4:]
+    assert text.splitlines()[-5:-1] == whole.splitlines()[-5:-1]  # the last line is peak memory
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
