@@ -47,6 +47,37 @@ def weights(score, top, total, attention_scale, DTYPE: tl.constexpr):
     return share.to(DTYPE)
 
 
+@triton.jit
+def softmax_rows(
+    q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
+    stride_qt, stride_kt, log2_scale, attention_scale,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of powers of 2 of a tile of rows, and what its rounded weights, stored if asked for, sum to."""
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j0 in range(j_begin, j_stop, BLOCK):
+        real_j = real_tokens(j0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
+        score = scores(
+            q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
+            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+        )  # fmt: skip
+        top, total = softmax_step(top, total, score)
+
+    row_sum = tl.zeros((BLOCK,), tl.float32)
+    for j0 in range(j_begin, j_stop, BLOCK):
+        real_j = real_tokens(j0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
+        score = scores(
+            q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
+            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+        )  # fmt: skip
+        share = weights(score, top, total, attention_scale, DTYPE)
+        if attention_ptr is not None:
+            tl.store(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK), share)
+        row_sum += tl.sum(share.to(tl.float32), 1)
+    return top, total, row_sum / attention_scale
+
+
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def softmax_kernel(
     q_ptr, k_ptr, mask_ptr, span_ptr, attention_ptr, row_sum_ptr,
@@ -72,28 +103,13 @@ def softmax_kernel(
     if IS_CAUSAL:
         j_stop = tl.minimum(stop, i0 + BLOCK)
 
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(j_begin, j_stop, BLOCK):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
-        score = scores(
-            q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
-        )  # fmt: skip
-        top, total = softmax_step(top, total, score)
-
     attention_ptr += local_head * pitch * pitch
-    row_sum = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(j_begin, j_stop, BLOCK):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
-        score = scores(
-            q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
-        )  # fmt: skip
-        share = weights(score, top, total, attention_scale, attention_ptr.dtype.element_ty)
-        tl.store(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK), share)
-        row_sum += tl.sum(share.to(tl.float32), 1)
-    tl.store(row_sum_ptr + local_head * pitch + i, row_sum / attention_scale)
+    _, _, row_sum = softmax_rows(
+        q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
+        stride_qt, stride_kt, log2_scale, attention_scale,
+        attention_ptr.dtype.element_ty, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+    )  # fmt: skip
+    tl.store(row_sum_ptr + local_head * pitch + i, row_sum)
 
 
 @triton.jit(do_not_specialize=["T", "H", "head0"])

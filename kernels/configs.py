@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
+WIDEST_UNALIGNED_ROW = 128
+ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,46 @@ _CONFIGS = {
     ("wide", 16): Config(64, 64, 64, num_warps=8),
     ("wide", 32): Config(64, 64, 32),
     ("wide_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
-    ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
+    ("wide_backward", 32): Config(64, 32, 32, out=64),
+    ("weight_product", 16): Config(64, 64, 0, out=128),
+    ("weight_product", 32): Config(64, 32, 0, out=32),
+    ("repair_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
+    ("repair_backward", 32): Config(64, 32, 32, out=64),
     ("moment", 16): Config(64, 0, 64),
     ("moment", 32): Config(16, 0, 64),
     ("quadratic_form", 16): Config(64, 0, 32, num_warps=8),
     ("quadratic_form", 32): Config(64, 0, 32),
     ("moment_backward", 16): Config(64, 0, 64, out=128, num_warps=8),
     ("moment_backward", 32): Config(64, 0, 32, out=64),
-    ("softmax", 16): Config(64, 64, 128),
+    ("softmax", 16): Config(64, 64, 64),
     ("softmax", 32): Config(64, 64, 32, num_warps=8),
     ("interaction", 16): Config(64, 64, 64),
     ("interaction", 32): Config(64, 64, 32, num_warps=8),
     ("query_key_gradient", 16): Config(64, 64, 128),
     ("query_key_gradient", 32): Config(64, 32, 32),
+    ("interaction_block", 16): Config(64, 64, 64),
+    ("interaction_block", 32): Config(32, 32, 32),
+    ("attention_block", 16): Config(64, 64, 64, num_warps=8),
+    ("attention_block", 32): Config(32, 32, 32),
     ("packed", 16): Config(64, 64, 64),
     ("packed", 32): Config(32, 32, 32),
 }
+_HOPPER = {
+    ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
+    ("moment", 32): Config(32, 0, 64, num_warps=8),
+    ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
+    ("interaction_block", 32): Config(64, 64, 32, num_warps=8),
+    ("attention_block", 16): Config(64, 64, 64),
+    ("attention_block", 32): Config(64, 64, 64, num_warps=8),
+}
 _OVERRIDES = {
-    "hopper": {
-        ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
-        ("moment", 32): Config(32, 0, 64, num_warps=8),
-        ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
+    "ampere": {("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8)},
+    "hopper": _HOPPER,
+    "blackwell": _HOPPER
+    | {
+        ("softmax", 32): Config(64, 64, 16, num_warps=8),
+        ("interaction", 16): Config(64, 64, 64, num_warps=8),
+        ("wide_backward", 16): Config(64, 64, 64, out=64, num_warps=8),
     },
     "cdna": {
         ("token", 16): Config(64, 64, WIDEST_ROW),
@@ -66,20 +87,51 @@ _OVERRIDES = {
     "interpreter": {  # pays by the tile
         ("wide", 32): Config(64, 64, 128),
         ("wide_backward", 32): Config(64, 64, 128, out=128),
+        ("weight_product", 32): Config(64, 64, 0, out=128),
+        ("repair_backward", 32): Config(64, 64, 128, out=128),
         ("moment", 32): Config(64, 0, 128),
         ("quadratic_form", 32): Config(64, 0, 128),
         ("moment_backward", 32): Config(64, 0, 128, out=128),
         ("softmax", 32): Config(64, 64, 128),
         ("interaction", 32): Config(64, 64, 64),
         ("query_key_gradient", 32): Config(64, 64, 128),
+        ("interaction_block", 32): Config(64, 64, 64),
+        ("attention_block", 32): Config(64, 64, 64),
         ("packed", 32): Config(64, 64, 64),
     },
+}
+# On any GPU, for rows whose width is no multiple of ALIGNED: an element read alone takes registers for its address, so
+# that the tiles above would spill hundreds of bytes.
+_UNALIGNED = {
+    ("token", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
+    ("token_backward", 16): Config(32, 32, WIDEST_ROW),
+    ("wide", 16): Config(64, 32, 32, num_warps=8),
+    ("wide", 32): Config(64, 32, 16, num_warps=8),
+    ("wide_backward", 16): Config(64, 32, 32, out=32),
+    ("wide_backward", 32): Config(64, 16, 16, out=32),
+    ("repair_backward", 16): Config(64, 32, 32, out=32),
+    ("repair_backward", 32): Config(64, 32, 16, out=32),
+    ("moment", 16): Config(64, 0, 32, num_warps=8),
+    ("moment", 32): Config(16, 0, 32),
+    ("quadratic_form", 16): Config(64, 0, 32),
+    ("quadratic_form", 32): Config(64, 0, 16, num_warps=8),
+    ("moment_backward", 16): Config(64, 0, 32, out=32, num_warps=8),
+    ("moment_backward", 32): Config(64, 0, 32, out=32, num_warps=8),
+    ("softmax", 16): Config(64, 64, 32, num_warps=8),
+    ("softmax", 32): Config(64, 64, 16, num_warps=8),
+    ("query_key_gradient", 16): Config(64, 32, 32, num_warps=8),
+    ("query_key_gradient", 32): Config(64, 32, 16, num_warps=8),
+    ("interaction_block", 16): Config(64, 64, 32, num_warps=8),
+    ("interaction_block", 32): Config(32, 32, 16, num_warps=8),
+    ("packed", 16): Config(64, 64, 32, num_warps=8),
 }
 
 
 def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
-    found = _OVERRIDES.get(architecture(device), {}).get((kernel, bits)) or _CONFIGS[kernel, bits]
+    kind = architecture(device)
+    unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
+    found = next(table[kernel, bits] for table in (unaligned, _OVERRIDES[kind], _CONFIGS) if (kernel, bits) in table)
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 
@@ -90,17 +142,20 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "cdna"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
 
 
 def keeps_rows(bits: int, width: int) -> bool:
     """Whether whole rows fit in a program; else they are cut in tiles of features."""
-    return bits == 16 and width <= WIDEST_ROW
+    return bits == 16 and width <= (WIDEST_ROW if width % ALIGNED == 0 else WIDEST_UNALIGNED_ROW)
 
 
 def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
-    """Tokens from which the feature moment takes fewer operations than the token Gram, and enough to launch it."""
-    return max(2 * E, 256)
+    """Tokens from which the feature moment takes fewer operations than the token Gram, and enough to launch it.
+
+    It takes some ten launches to the Gram's two; of 16-bit products a GPU does 512² in less time than that.
+    """
+    return max(2 * E, 513 if dtype.itemsize == 2 else 256)
 
 
 def moment_slots(shape: torch.Size, packed: bool, dtype: torch.dtype, precision: str) -> int:

@@ -6,7 +6,7 @@ G is symmetric, so each program makes one tile of its lower triangle and serves 
 import triton
 import triton.language as tl
 
-from .tiles import matrix_tile, product, span_of
+from .tiles import matrix_tile, product, span_of, sum_of
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def interaction_gram_kernel(
     phi, pair = pair_terms(gram, attention, mirrored, on_diagonal, SQUARED, EXCLUDE_DIAGONAL)
 
     both = attention + tl.where(above, mirrored, 0.0)
-    tl.store(loss_ptr + (local_head * tiles + i_tile) * tiles + j_tile, tl.sum(both * (1.0 - phi)))
+    tl.store(loss_ptr + (local_head * tiles + i_tile) * tiles + j_tile + tl.arange(0, 1), sum_of(both * (1.0 - phi)))
     if pair_ptr is not None:
         pair = (pair * pair_scale).to(pair_ptr.dtype.element_ty)
         phi = (phi * attention_scale).to(phi_ptr.dtype.element_ty)
@@ -85,3 +85,17 @@ def interaction_gram_kernel(
             tl.store(matrix_tile(pair_ptr, j0, i0, pitch, BLOCK, BLOCK), pair.trans())
             tl.store(matrix_tile(phi_ptr, j0, i0, pitch, BLOCK, BLOCK), phi.trans())
             tl.store(row_term_ptr + i_tile * pitch + j0 + local, tl.sum(mirrored * rounded_phi + through_pairs, 0))
+
+
+@triton.jit(do_not_specialize=["T", "H", "head0", "tiles"])
+def interaction_total_kernel(loss_ptr, span_ptr, total_ptr, T, H, head0, tiles, BLOCK: tl.constexpr):
+    """Sum over the tiles of a head that ``interaction_gram_kernel`` made."""
+    local_head = tl.program_id(0).to(tl.int64)
+    begin, stop = span_of((head0 + local_head) // H, None, span_ptr, T)
+    loss_ptr += local_head * tiles * tiles
+    total = tl.zeros((1024,), tl.float32)
+    for first in range(0, tiles * tiles, 1024):
+        tile = first + tl.arange(0, 1024)
+        i0, j0 = tile // tiles * BLOCK, tile % tiles * BLOCK
+        total += tl.load(loss_ptr + tile, mask=(j0 <= i0) & (i0 < stop) & (j0 + BLOCK > begin), other=0.0)
+    tl.store(total_ptr + head0 + local_head, tl.sum(total, 0))

@@ -1,30 +1,34 @@
 """Launches primitive 2 over samples of one padded length: chunks of heads whose T×T matrices fit a bounded workspace.
 
 Per head the workspace holds A, M and φ(G), the last of which ∂L/∂s replaces: 6 T² bytes for 16-bit input, 12 T² for
-float32. Every head is computed alone, so that results do not depend on the chunk.
+float32. Every head is computed alone, so that results do not depend on the chunk. Heads of few tokens take
+no workspace: a program each does them.
 """
 
 from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import configs
 from .attention_workspace import softmax_kernel, stage_kernel
+from .interaction_block import attention_block_kernel, interaction_block_kernel
 from .interaction_gradient import (
     attention_gradient_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
     score_gradient_kernel,
 )
-from .interaction_gram import interaction_gram_kernel
-from .tensors import readable, spans
+from .interaction_gram import interaction_gram_kernel, interaction_total_kernel
+from .tensors import as_bytes, readable, spans
 
 CACHED_BYTES = 32 << 20  # what stays in the L2 cache of a large GPU
 WORKSPACE_BYTES = 256 << 20
 FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 LOG2_E = 1.4426950408889634
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Workspace:
 
     def __init__(
         self, sample: Tensor, span: Tensor | None, arithmetic: Arithmetic, squared: bool, exclude_diagonal: bool,
-        is_causal: bool, need_grad: bool,
+        is_causal: bool, need_grad: bool, workspace_bytes: int | None,
     ) -> None:  # fmt: skip
         batch, self.H, self.T = sample.shape[:3]
         self.span = span
@@ -76,8 +80,9 @@ class Workspace:
 
         matrices = 3 if need_grad else 1
         head_bytes = matrices * self.pitch**2 * arithmetic.matrix.itemsize
-        heads = max(CACHED_BYTES // head_bytes, min(WORKSPACE_BYTES // head_bytes, FILLING_HEADS), 1)
-        self.heads = min(batch * self.H, heads)
+        if workspace_bytes is None:
+            workspace_bytes = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes))
+        self.heads = min(batch * self.H, max(workspace_bytes // head_bytes, 1))
         matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
         self.attention, self.pair, self.phi = matrix if need_grad else (*matrix, None, None)
         self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
@@ -91,26 +96,37 @@ class Workspace:
 
     def gram(self, head0: int, heads: int) -> None:
         """The loss of a chunk and, for the gradient, M, φ(G) and the row term."""
-        loss = self.loss.narrow(0, 0, heads).zero_()
         interaction_gram_kernel[(self.tiles, self.tiles, heads)](
-            self.attention, self.span, self.pair, self.phi, self.row_term, loss,
+            self.attention, self.span, self.pair, self.phi, self.row_term, self.loss,
             self.T, self.H, head0, self.pitch, self.tiles,
             self.arithmetic.attention_scale, self.arithmetic.pair_scale,
             BLOCK=self.config.rows, BLOCK_K=self.config.features, IS_CAUSAL=self.is_causal, **self.form,
             PRECISION=self.arithmetic.precision, **self.config.execution,
         )  # fmt: skip
-        torch.sum(loss, (1, 2), out=self.total.view(-1).narrow(0, head0, heads))
+        interaction_total_kernel[(heads,)](
+            self.loss, self.span, self.total, self.T, self.H, head0, self.tiles, BLOCK=self.config.rows
+        )
 
 
 def from_attention(
-    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool
+    attention: Tensor,
+    mask: Tensor | None,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    arithmetic = Arithmetic.of_attention(attention)
+    block = configs.config("attention_block", arithmetic.bits, configs.WIDEST_ROW, attention.device)
+    if attention.numel() > 0 and attention.shape[-1] <= block.rows:
+        return _launch_attention_block(attention, mask, arithmetic, block, squared, exclude_diagonal, need_grad)
     grad = attention.new_zeros(attention.shape if need_grad else 0)
     if attention.numel() == 0:
         return attention.new_zeros(attention.shape[:2], dtype=torch.float32), grad
     attention = readable(attention)
     mask, span = spans(mask)
-    work = Workspace(attention, span, Arithmetic.of_attention(attention), squared, exclude_diagonal, False, need_grad)
+    form = (squared, exclude_diagonal, False, need_grad, workspace_bytes)
+    work = Workspace(attention, span, arithmetic, *form)
     config = work.config
     for head0, heads in work.chunks():
         grid = (work.tiles, work.tiles, heads)
@@ -136,13 +152,18 @@ def from_qk(
     squared: bool,
     exclude_diagonal: bool,
     need_grad: bool,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    block = configs.config("interaction_block", 8 * q.dtype.itemsize, q.shape[-1], q.device)
+    if q.shape[:3].numel() > 0 and q.shape[2] <= block.rows:
+        return _launch_interaction_block(q, k, mask, block, scale, is_causal, squared, exclude_diagonal, need_grad)
     grad_q, grad_k = (q.new_zeros(q.shape if need_grad else 0, dtype=torch.float32) for _ in range(2))
     if q.shape[:3].numel() == 0:
         return q.new_zeros(q.shape[:2], dtype=torch.float32), grad_q, grad_k
     q, k = readable(q), readable(k)
     mask, span = spans(mask)
-    work = Workspace(q, span, Arithmetic.of_scores(q), squared, exclude_diagonal, is_causal, need_grad)
+    form = (squared, exclude_diagonal, is_causal, need_grad, workspace_bytes)
+    work = Workspace(q, span, Arithmetic.of_scores(q), *form)
     for head0, heads in work.chunks():
         _launch_softmax(work, q, k, mask, head0, heads, scale)
         work.gram(head0, heads)
@@ -152,6 +173,42 @@ def from_qk(
                 work, score_grad, score_grad_scale, q, k, mask, head0, heads, scale, grad_q, grad_k
             )
     return work.total, grad_q, grad_k
+
+
+def _launch_attention_block(
+    attention: Tensor, mask: Tensor | None, arithmetic: Arithmetic, config: configs.Config, squared: bool,
+    exclude_diagonal: bool, need_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, H, T, _ = attention.shape
+    attention = readable(attention)
+    total = attention.new_empty(batch, H, dtype=torch.float32)
+    grad = attention.new_empty(attention.shape if need_grad else 0)
+    attention_block_kernel[(batch * H,)](
+        attention, as_bytes(mask), total, grad if need_grad else None, T, H, *attention.stride()[:3],
+        DTYPE=TRITON_DTYPES[arithmetic.matrix], BLOCK=configs.width_block(T, config.rows),
+        SQUARED=squared, EXCLUDE_DIAGONAL=exclude_diagonal, PRECISION=arithmetic.precision, **config.execution,
+    )  # fmt: skip
+    return total, grad
+
+
+def _launch_interaction_block(
+    q: Tensor, k: Tensor, mask: Tensor | None, config: configs.Config, scale: float, is_causal: bool, squared: bool,
+    exclude_diagonal: bool, need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, H, T, D = q.shape
+    q, k = readable(q), readable(k)
+    arithmetic = Arithmetic.of_scores(q)
+    total = q.new_empty(batch, H, dtype=torch.float32)
+    grad_q, grad_k = (q.new_empty(q.shape if need_grad else 0, dtype=torch.float32) for _ in range(2))
+    interaction_block_kernel[(batch * H,)](
+        q, k, as_bytes(mask), total, *((grad_q, grad_k) if need_grad else (None, None)),
+        T, D, H, H // k.shape[1], *q.stride()[:3], *k.stride()[:3],
+        scale, scale * LOG2_E, arithmetic.attention_scale, arithmetic.pair_scale,
+        DTYPE=TRITON_DTYPES[arithmetic.matrix], SCORE_GRADIENT=TRITON_DTYPES[arithmetic.score_gradient],
+        BLOCK=configs.width_block(T, config.rows), BLOCK_D=config.features, IS_CAUSAL=is_causal,
+        SQUARED=squared, EXCLUDE_DIAGONAL=exclude_diagonal, PRECISION=arithmetic.precision, **config.execution,
+    )  # fmt: skip
+    return total, grad_q, grad_k
 
 
 def _launch_softmax(

@@ -9,10 +9,10 @@ again from queries, keys and the softmax's row statistics, wherever a tile of it
 import triton
 import triton.language as tl
 
-from .attention_workspace import scores, softmax_step, weights
+from .attention_workspace import scores, softmax_rows, weights
 from .interaction_gradient import exponent_below
 from .interaction_gram import pair_terms
-from .tiles import count_of, first_row, load_rows, matrix_tile, product, tile_of
+from .tiles import count_of, first_row, load_rows, matrix_tile, product, sum_of, tile_of
 
 
 @triton.jit
@@ -56,26 +56,14 @@ def packed_softmax_kernel(
     if IS_CAUSAL:
         j_stop = tl.minimum(stop, i0 + BLOCK)
 
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(0, j_stop, BLOCK):
-        score = scores(
-            q_ptr, k_ptr, i0, j0, i < stop, j0 + tl.arange(0, BLOCK) < stop, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
-        )  # fmt: skip
-        top, total = softmax_step(top, total, score)
-
-    row_sum = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(0, j_stop, BLOCK):
-        score = scores(
-            q_ptr, k_ptr, i0, j0, i < stop, j0 + tl.arange(0, BLOCK) < stop, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
-        )  # fmt: skip
-        row_sum += tl.sum(weights(score, top, total, attention_scale, DTYPE).to(tl.float32), 1)
+    top, total, row_sum = softmax_rows(
+        q_ptr, k_ptr, None, None, row, i0, i < stop, 0, j_stop, stop, D, 0,
+        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+    )  # fmt: skip
     out = head * N + row + i
     tl.store(top_ptr + out, top, mask=i < stop)
     tl.store(total_ptr + out, total, mask=i < stop)
-    tl.store(row_sum_ptr + out, row_sum / attention_scale, mask=i < stop)
+    tl.store(row_sum_ptr + out, row_sum, mask=i < stop)
 
 
 @triton.jit(do_not_specialize=["S", "N", "slots", "strip0"])
@@ -123,7 +111,7 @@ def packed_gram_kernel(
     on_diagonal = (i0 + local)[:, None] == (j0 + local)[None, :]
     phi, pair = pair_terms(gram, attention, mirrored, on_diagonal, SQUARED, EXCLUDE_DIAGONAL)
 
-    tl.store(loss_ptr + local_strip * tiles + j_tile, tl.sum(attention * (1.0 - phi)))
+    tl.store(loss_ptr + local_strip * tiles + j_tile + tl.arange(0, 1), sum_of(attention * (1.0 - phi)))
     if pair_ptr is not None:
         pair = (pair * pair_scale).to(pair_ptr.dtype.element_ty)
         phi = (phi * attention_scale).to(phi_ptr.dtype.element_ty)
@@ -254,6 +242,24 @@ def packed_key_gradient_kernel(
         share = product(score_grad.trans(), q_i.to(score_grad.dtype), tl.zeros_like(grad), PRECISION)
         grad += share * (scale / tl.load(score_grad_scale_ptr + strip))
     tl.store(grad_k_ptr, grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["S", "N", "slots", "strip0"])
+def packed_strip_total_kernel(
+    loss_ptr, cu_ptr, strip_loss_ptr,
+    S, N, slots, strip0, tiles,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum over the tiles of a strip: (strips, tiles) → (H, slots)."""
+    local_strip = tl.program_id(0).to(tl.int64)
+    sequence, i0 = tile_of(((strip0 + local_strip) % slots).to(tl.int32), cu_ptr, S, N, BLOCK)
+    stop = count_of(sequence, cu_ptr, None, N)
+    stop = tl.where(i0 < stop, stop, 0)
+    total = tl.zeros((1024,), tl.float32)
+    for first in range(0, tl.cdiv(stop, BLOCK), 1024):
+        tile = first + tl.arange(0, 1024)
+        total += tl.load(loss_ptr + local_strip * tiles + tile, mask=tile * BLOCK < stop, other=0.0)
+    tl.store(strip_loss_ptr + strip0 + local_strip, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=["S", "N", "slots"])

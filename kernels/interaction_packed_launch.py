@@ -6,22 +6,74 @@ Results do not depend on the chunk: a strip is computed alone, and the key gradi
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .interaction_launch import LOG2_E, WORKSPACE_BYTES, Arithmetic
+from .interaction_launch import LOG2_E, TRITON_DTYPES, WORKSPACE_BYTES, Arithmetic
 from .interaction_packed import (
     packed_gram_kernel,
     packed_key_gradient_kernel,
     packed_query_gradient_kernel,
     packed_score_gradient_kernel,
     packed_softmax_kernel,
+    packed_strip_total_kernel,
     packed_total_kernel,
 )
 from .tensors import readable
 
-TRITON_DTYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
+
+class Strips:
+    """Strips of one chunk: M and φ(G) of a tile of rows each, what is summed over their tiles, and the sizes of all."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, cu_seqlens: Tensor, is_causal: bool, need_grad: bool, workspace_bytes: int | None
+    ) -> None:
+        self.q, self.k, self.cu_seqlens = readable(q, tokens=0), readable(k, tokens=0), cu_seqlens.contiguous()
+        self.N, self.H, self.D = q.shape
+        self.S, self.group = cu_seqlens.shape[0] - 1, self.H // k.shape[1]
+        self.arithmetic = Arithmetic.of_scores(q)
+        config = configs.config("packed", 8 * q.dtype.itemsize, self.D, q.device)
+        self.block = config.rows
+        self.slots, self.tiles = self.N // self.block + self.S, triton.cdiv(self.N, self.block)
+        self.pitch = self.tiles * self.block
+        self.d_tiles = triton.cdiv(self.D, config.features)
+        self.options = {
+            "BLOCK": self.block,
+            "BLOCK_D": config.features,
+            "IS_CAUSAL": is_causal,
+            "PRECISION": self.arithmetic.precision,
+            **config.execution,
+        }
+
+        matrix = self.arithmetic.matrix
+        strip_bytes = 2 * self.block * self.pitch * matrix.itemsize
+        self.strips = max(1, min(self.H * self.slots, (workspace_bytes or WORKSPACE_BYTES) // strip_bytes))
+        self.top, self.row_total, self.row_sum = q.new_empty(3, self.H, self.N, dtype=torch.float32)
+        self.loss = self.top.new_empty(self.strips, self.tiles)
+        self.strip_loss = self.top.new_empty(self.H * self.slots)
+        self.pair, self.phi, self.row_term, self.score_grad, self.score_grad_scale = None, None, None, None, None
+        if need_grad:
+            self.pair, self.phi = q.new_empty(2, self.strips, self.block, self.pitch, dtype=matrix)
+            self.row_term = self.top.new_empty(self.strips, self.tiles, self.block)
+            self.score_grad = self.phi.view(self.arithmetic.score_gradient)
+            self.score_grad_scale = self.top.new_empty(self.strips)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """First strip and number of strips of each chunk."""
+        count = self.slots * self.H
+        return [(first, min(self.strips, count - first)) for first in range(0, count, self.strips)]
+
+    @property
+    def attention(self) -> tuple[Tensor, ...]:
+        """What a tile of A is made again from."""
+        return self.q, self.k, self.cu_seqlens, self.top, self.row_total
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return *self.q.stride()[:2], *self.k.stride()[:2]
+
+    def sizes(self, strip0: int) -> tuple[int, ...]:
+        return self.S, self.N, self.D, self.group, self.slots, strip0, self.pitch, self.tiles
 
 
 def from_qk(
@@ -33,61 +85,65 @@ def from_qk(
     squared: bool,
     exclude_diagonal: bool,
     need_grad: bool,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N, H, D = q.shape
+    N, H, _ = q.shape
     S = cu_seqlens.shape[0] - 1
     total = q.new_zeros(S, H, dtype=torch.float32)
     grad_q, grad_k = (total.new_zeros(q.shape if need_grad else 0) for _ in range(2))
     if total.numel() == 0 or N == 0:
         return total, grad_q, grad_k
-    q, k, cu_seqlens = readable(q, tokens=0), readable(k, tokens=0), cu_seqlens.contiguous()
-    arithmetic = Arithmetic.of_scores(q)
-    config = configs.config("packed", 8 * q.dtype.itemsize, D, q.device)
-    block = config.rows
-    slots, tiles = N // block + S, triton.cdiv(N, block)
-    pitch = tiles * block
-
-    strip_bytes = 2 * block * pitch * arithmetic.matrix.itemsize
-    strips = max(1, min(H * slots, WORKSPACE_BYTES // strip_bytes))
-    top, row_total, row_sum = total.new_empty(3, H, N)
-    loss = total.new_empty(strips, tiles)
-    strip_loss = total.new_empty(H * slots)
-    pair, phi, row_term, score_grad, score_grad_scale = None, None, None, None, None
-    if need_grad:
-        pair, phi = q.new_empty(2, strips, block, pitch, dtype=arithmetic.matrix)
-        score_grad = phi.view(arithmetic.score_gradient)
-        row_term = total.new_empty(strips, tiles, block)
-        score_grad_scale = total.new_empty(strips)
-
-    rows = (q, k, cu_seqlens, top, row_total)
-    heads = (H // k.shape[1],)
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
-    scales = (scale * LOG2_E, arithmetic.attention_scale)
-    causal = {"IS_CAUSAL": is_causal, "PRECISION": arithmetic.precision, **config.execution}
-    attention = {"DTYPE": TRITON_DTYPES[arithmetic.matrix], "BLOCK": block, "BLOCK_D": config.features, **causal}
-    packed_softmax_kernel[(slots, H)](*rows, row_sum, S, N, D, *heads, *strides, *scales, **attention)
-    for strip0 in range(0, H * slots, strips):
-        count = min(strips, H * slots - strip0)
-        sizes = (S, N, D, *heads, slots, strip0, pitch, tiles)
-        packed_gram_kernel[(tiles, count)](
-            *rows, pair, phi, row_term, loss.zero_(), *sizes, *strides, *scales, arithmetic.pair_scale,
-            SQUARED=squared, EXCLUDE_DIAGONAL=exclude_diagonal, **attention,
-        )  # fmt: skip
-        torch.sum(loss.narrow(0, 0, count), 1, out=strip_loss.narrow(0, strip0, count))
+    work = Strips(q, k, cu_seqlens, is_causal, need_grad, workspace_bytes)
+    _launch_softmax(work, scale)
+    for strip0, count in work.chunks():
+        _launch_gram(work, strip0, count, scale, squared, exclude_diagonal)
         if need_grad:
-            packed_score_gradient_kernel[(tiles, count)](
-                *rows, row_sum, pair, phi, row_term, score_grad, score_grad_scale,
-                *sizes, *strides, *scales, arithmetic.pair_scale, **attention,
-            )  # fmt: skip
-            gradient = {"BLOCK": block, "BLOCK_D": config.features, **causal}
-            d_tiles = triton.cdiv(D, config.features)
-            packed_query_gradient_kernel[(count, d_tiles)](
-                score_grad, score_grad_scale, k, cu_seqlens, grad_q,
-                S, N, H, D, *heads, slots, strip0, pitch, k.stride(0), k.stride(1), scale, **gradient,
-            )  # fmt: skip
-            packed_key_gradient_kernel[(slots, d_tiles, H)](
-                score_grad, score_grad_scale, q, cu_seqlens, grad_k,
-                S, N, H, D, slots, strip0, strip0 + count, pitch, q.stride(0), q.stride(1), scale, **gradient,
-            )  # fmt: skip
-    packed_total_kernel[(S, H)](strip_loss, cu_seqlens, total, S, N, H, slots, BLOCK=block)
+            _launch_score_gradient(work, strip0, count, scale)
+            _launch_query_and_key_gradient(work, strip0, count, scale, grad_q, grad_k)
+    packed_total_kernel[(S, H)](work.strip_loss, work.cu_seqlens, total, S, N, H, work.slots, BLOCK=work.block)
     return total, grad_q, grad_k
+
+
+def _launch_softmax(work: Strips, scale: float) -> None:
+    packed_softmax_kernel[(work.slots, work.H)](
+        *work.attention, work.row_sum, work.S, work.N, work.D, work.group, *work.strides,
+        scale * LOG2_E, work.arithmetic.attention_scale,
+        DTYPE=TRITON_DTYPES[work.arithmetic.matrix], **work.options,
+    )  # fmt: skip
+
+
+def _launch_gram(work: Strips, strip0: int, count: int, scale: float, squared: bool, exclude_diagonal: bool) -> None:
+    """The loss of a chunk's strips and, for the gradient, M, φ(G) and the row term."""
+    packed_gram_kernel[(work.tiles, count)](
+        *work.attention, work.pair, work.phi, work.row_term, work.loss, *work.sizes(strip0), *work.strides,
+        scale * LOG2_E, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
+        DTYPE=TRITON_DTYPES[work.arithmetic.matrix], SQUARED=squared, EXCLUDE_DIAGONAL=exclude_diagonal, **work.options,
+    )  # fmt: skip
+    packed_strip_total_kernel[(count,)](
+        work.loss, work.cu_seqlens, work.strip_loss, work.S, work.N, work.slots, strip0, work.tiles, BLOCK=work.block
+    )
+
+
+def _launch_score_gradient(work: Strips, strip0: int, count: int, scale: float) -> None:
+    """∂L/∂s in place of φ, and the power of 2 that each strip of it is scaled by."""
+    packed_score_gradient_kernel[(work.tiles, count)](
+        *work.attention, work.row_sum, work.pair, work.phi, work.row_term, work.score_grad, work.score_grad_scale,
+        *work.sizes(strip0), *work.strides,
+        scale * LOG2_E, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
+        DTYPE=TRITON_DTYPES[work.arithmetic.matrix], **work.options,
+    )  # fmt: skip
+
+
+def _launch_query_and_key_gradient(
+    work: Strips, strip0: int, count: int, scale: float, grad_q: Tensor, grad_k: Tensor
+) -> None:
+    packed_query_gradient_kernel[(count, work.d_tiles)](
+        work.score_grad, work.score_grad_scale, work.k, work.cu_seqlens, grad_q,
+        work.S, work.N, work.H, work.D, work.group, work.slots, strip0, work.pitch, *work.k.stride()[:2],
+        scale, **work.options,
+    )  # fmt: skip
+    packed_key_gradient_kernel[(work.slots, work.d_tiles, work.H)](
+        work.score_grad, work.score_grad_scale, work.q, work.cu_seqlens, grad_k,
+        work.S, work.N, work.H, work.D, work.slots, strip0, strip0 + count, work.pitch, *work.q.stride()[:2],
+        scale, **work.options,
+    )  # fmt: skip

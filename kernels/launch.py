@@ -8,6 +8,8 @@ from .configs import moment_slots
 
 __all__ = [
     "description",
+    "importance",
+    "importance_backward",
     "interaction",
     "interaction_from_qk",
     "moment_slots",
@@ -46,14 +48,45 @@ def row_energy_backward(
         )
 
 
+def importance(
+    energy: Tensor,
+    squared_norm: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    scale: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean, and what the sum was multiplied by."""
+    from . import importance_launch
+
+    with torch.cuda.device_of(energy):
+        return importance_launch.forward(energy, squared_norm, mask, cu_seqlens, eps, scale, mean)
+
+
+def importance_backward(
+    energy: Tensor, squared_norm: Tensor, factor: Tensor, grad_loss: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the energy and of the squared norm."""
+    from . import importance_launch
+
+    with torch.cuda.device_of(energy):
+        return importance_launch.backward(energy, squared_norm, factor, grad_loss, eps)
+
+
 def interaction(
-    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool
+    attention: Tensor,
+    mask: Tensor | None,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pair sums ``(B, H)`` of stored attention, and their gradient."""
     from . import interaction_launch
 
     with torch.cuda.device_of(attention):
-        return interaction_launch.from_attention(attention, mask, squared, exclude_diagonal, need_grad)
+        return interaction_launch.from_attention(attention, mask, squared, exclude_diagonal, need_grad, workspace_bytes)
 
 
 def interaction_from_qk(
@@ -66,11 +99,12 @@ def interaction_from_qk(
     squared: bool,
     exclude_diagonal: bool,
     need_grad: bool,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pair sums ``(B, H)`` of the attention of queries and keys, and their gradients, the keys' for each query head."""
     from . import interaction_launch, interaction_packed_launch
 
-    form = (scale, is_causal, squared, exclude_diagonal, need_grad)
+    form = (scale, is_causal, squared, exclude_diagonal, need_grad, workspace_bytes)
     with torch.cuda.device_of(q):
         if cu_seqlens is None:
             return interaction_launch.from_qk(q, k, mask, *form)

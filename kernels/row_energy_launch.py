@@ -8,12 +8,16 @@ from torch import Tensor
 from . import configs
 from .row_energy_moment import moment_backward_kernel, moment_kernel, quadratic_form_kernel
 from .row_energy_repair import row_energy_repair_backward_kernel, row_energy_repair_kernel
+from .row_energy_symmetric import row_energy_symmetric_kernel, row_energy_total_kernel
 from .row_energy_token import row_energy_token_backward_kernel, row_energy_token_kernel
+from .row_energy_weights import row_energy_weight_kernel, row_energy_weight_product_kernel
 from .row_energy_wide import row_energy_wide_backward_kernel, row_energy_wide_kernel
 from .tensors import readable, spans
 
 NEVER = 2**31 - 1
 PARTIAL_BYTES = 64 << 20
+WEIGHT_BYTES = 256 << 20  # or one sample's
+MANY_OPERATIONS = 1 << 33  # to save, so that a second launch is worth it
 PROGRAMS = 256  # fills a large GPU twice; a constant, so that the order of sums does not depend on the device
 
 
@@ -39,6 +43,10 @@ class Batch:
         self.derived_bits = self.derived.primitive_bitwidth
 
     @property
+    def gram_operations(self) -> int:
+        return 2 * self.S * self.T**2 * self.E
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.h, self.mask, self.spans, self.cu_seqlens
 
@@ -58,8 +66,8 @@ class Batch:
 def forward(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    energy = h.new_zeros(h.shape[:-1], dtype=torch.float32)
-    norm = torch.zeros_like(energy)
+    energy = _rows_to_write(h, cu_seqlens, h.shape[:-1], torch.float32)
+    norm = _rows_to_write(h, cu_seqlens, h.shape[:-1], torch.float32)
     batch = Batch(h, mask, cu_seqlens)
     moments = energy.new_empty(batch.slots, batch.E, batch.E)
     if h.numel() > 0 and batch.S > 0:
@@ -82,8 +90,7 @@ def backward(
     grad_energy: Tensor,
     grad_norm: Tensor,
 ) -> Tensor:
-    every_row_is_written = mask is None and cu_seqlens is None
-    grad_h = (torch.empty if every_row_is_written else torch.zeros)(h.shape, dtype=h.dtype, device=h.device)
+    grad_h = _rows_to_write(h, cu_seqlens, h.shape, h.dtype)
     batch = Batch(h, mask, cu_seqlens)
     if h.numel() > 0 and batch.S > 0:
         energy, norm, grad_energy, grad_norm = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
@@ -98,19 +105,49 @@ def backward(
     return grad_h
 
 
+def _rows_to_write(h: Tensor, cu_seqlens: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros where rows may belong to no sequence, or nothing is launched; kernels write those of padding themselves."""
+    make = torch.empty if cu_seqlens is None and h.numel() > 0 else torch.zeros
+    return make(shape, dtype=dtype, device=h.device)
+
+
 def _norm_of(moments: Tensor) -> Tensor:
     """Euclidean norm of each moment, which tells what rounding leaves in it: (slots,)."""
     return torch.linalg.vector_norm(moments, dim=(1, 2))
 
 
 def _launch_token(batch: Batch, energy: Tensor, norm: Tensor) -> None:
-    keeps_rows = configs.keeps_rows(batch.bits, batch.E)
-    kernel = row_energy_token_kernel if keeps_rows else row_energy_wide_kernel
-    config = batch.config("token" if keeps_rows else "wide", batch.bits)
+    if configs.keeps_rows(batch.bits, batch.E):
+        kernel, config = row_energy_token_kernel, batch.config("token", batch.bits)
+    else:
+        config = batch.config("wide", batch.bits)
+        if _is_square(batch, config) and batch.gram_operations >= MANY_OPERATIONS:
+            _launch_symmetric(batch, config, energy, norm)
+            return
+        kernel = row_energy_wide_kernel
     kernel[(batch.tiles(config.rows),)](
         *batch.tensors, energy, norm, *batch.sizes,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
         **config.execution,
+    )  # fmt: skip
+
+
+def _is_square(batch: Batch, config: configs.Config) -> bool:
+    """Whether tiles of the Gram matrix have mirror images that a launch can count."""
+    return config.rows == config.columns and not batch.packed
+
+
+def _launch_symmetric(batch: Batch, config: configs.Config, energy: Tensor, norm: Tensor) -> None:
+    h, mask, span, _ = batch.tensors
+    tiles = triton.cdiv(batch.T, config.rows)
+    partial = energy.new_empty(batch.S, tiles, batch.T)
+    sizes = (batch.T, batch.E, batch.threshold, tiles, *h.stride()[:2])
+    row_energy_symmetric_kernel[(tiles * tiles * batch.S,)](
+        h, mask, span, partial, *sizes,
+        BLOCK_T=config.rows, BLOCK_E=config.features, PRECISION=batch.precision, **config.execution,
+    )  # fmt: skip
+    row_energy_total_kernel[(tiles * batch.S,)](
+        h, mask, span, partial, energy, norm, batch.S, *sizes, BLOCK_T=config.rows, BLOCK_E=config.features,
     )  # fmt: skip
 
 
@@ -125,10 +162,35 @@ def _launch_token_backward(batch: Batch, grad_energy: Tensor, grad_norm: Tensor,
         )  # fmt: skip
     else:
         config = batch.config("wide_backward", batch.derived_bits)
+        repeats = triton.cdiv(batch.E, config.out) - 1
+        if _is_square(batch, batch.config("wide", batch.bits)) and repeats * batch.gram_operations >= MANY_OPERATIONS:
+            _launch_weights(batch, grad_energy, grad_norm, grad_h)
+            return
         row_energy_wide_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
             *tensors, *batch.sizes,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
             DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+        )  # fmt: skip
+
+
+def _launch_weights(batch: Batch, grad_energy: Tensor, grad_norm: Tensor, grad_h: Tensor) -> None:
+    h, mask, span, _ = batch.tensors
+    gram, out = batch.config("wide", batch.bits), batch.config("weight_product", batch.derived_bits)
+    tiles = triton.cdiv(batch.T, gram.rows)
+    pitch = tiles * gram.rows
+    dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else torch.float32
+    samples = min(batch.S, max(1, WEIGHT_BYTES // (pitch**2 * dtype.itemsize)))
+    weights = h.new_empty(samples, pitch, pitch, dtype=dtype)
+    for sample0 in range(0, batch.S, samples):
+        count = min(samples, batch.S - sample0)
+        row_energy_weight_kernel[(tiles * tiles * count,)](
+            h, mask, span, grad_energy, weights, batch.T, batch.E, batch.threshold, tiles, sample0, *h.stride()[:2],
+            BLOCK_T=gram.rows, BLOCK_E=gram.features, PRECISION=batch.precision, **gram.execution,
+        )  # fmt: skip
+        row_energy_weight_product_kernel[(pitch // out.rows * count, triton.cdiv(batch.E, out.out))](
+            h, mask, span, grad_norm, weights, grad_h,
+            batch.T, batch.E, batch.threshold, pitch, sample0, *h.stride()[:2],
+            BLOCK_T=out.rows, BLOCK_K=out.columns, BLOCK_OUT=out.out, PRECISION=batch.precision, **out.execution,
         )  # fmt: skip
 
 
@@ -183,7 +245,7 @@ def _launch_moment_backward(batch: Batch, moments: Tensor, weighted: Tensor, *ro
 
 
 def _launch_repair_backward(batch: Batch, *rows_and_grad_h: Tensor) -> None:
-    config = batch.config("wide_backward", batch.derived_bits)
+    config = batch.config("repair_backward", batch.derived_bits)
     row_energy_repair_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
         *batch.tensors, *rows_and_grad_h, *batch.sizes, batch.guard,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,

@@ -12,6 +12,7 @@ from .row_energy_repair import cancels, rms_eigenvalue
 from .tiles import (
     count_of,
     first_row,
+    is_written,
     last_sequence,
     load_rows,
     product,
@@ -115,8 +116,8 @@ def quadratic_form_kernel(
         h_a = load_rows(h_ptr, i0, stride_ht, real, a, E, BLOCK_T).to(tl.float32)
         form += tl.sum(image * h_a, 1)
         norm += tl.sum(h_a * h_a, 1)
-    tl.store(energy_ptr + row + i, tl.maximum(form - norm * norm, 0.0), mask=real)
-    tl.store(norm_ptr + row + i, norm, mask=real)
+    tl.store(energy_ptr + row + i, tl.maximum(form - norm * norm, 0.0), mask=is_written(i, stop, cu_ptr, T))
+    tl.store(norm_ptr + row + i, norm, mask=is_written(i, stop, cu_ptr, T))
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
@@ -161,5 +162,5 @@ def moment_backward_kernel(
 
     h_i = load_rows(h_ptr, i0, stride_ht, real, out, E, BLOCK_T).to(tl.float32)
     grad = 2.0 * (grad + (beta - 2.0 * alpha * norm)[:, None] * h_i)
-    by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, i, real, guard, floor) == 0)
+    by_moment = is_written(i, stop, cu_ptr, T) & (cancels(energy_ptr + row, norm_ptr + row, i, real, guard, floor) == 0)
     store_rows(grad_h_ptr, row + i0, by_moment, out, E, grad, BLOCK_T)

@@ -10,7 +10,7 @@ few or none in most sequences, and a program that meets none ends at once.
 import triton
 import triton.language as tl
 
-from .row_energy_wide import gram_tile
+from .row_energy_wide import energy_of, gram_tile
 from .tiles import load_rows, product, real_tokens, slot_of, store_rows, tile_of_rows
 
 
@@ -56,12 +56,9 @@ def row_energy_repair_kernel(
     direct = cancels(energy_ptr + row, norm_ptr + row, i, real_tokens(i, stop, row, mask_ptr), guard, floor)
     if tl.max(direct.to(tl.int32), 0) == 0:
         return
-
-    energy = tl.zeros((BLOCK_T,), tl.float32)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
-        gram = gram_tile(h_ptr, i0, j0, direct, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
-        energy += tl.sum(gram * gram, 1)
+    energy = energy_of(
+        h_ptr, mask_ptr, row, begin, stop, i0, direct, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION
+    )
     tl.store(energy_ptr + row + i, energy, mask=direct)
 
 

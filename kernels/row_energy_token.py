@@ -6,7 +6,7 @@ A program keeps the rows of its tile and meets every tile of the sequence; no Gr
 import triton
 import triton.language as tl
 
-from .tiles import load_rows, product, real_tokens, store_rows, tile_of_rows
+from .tiles import is_written, load_rows, product, real_tokens, store_rows, tile_of_rows
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
@@ -36,8 +36,8 @@ def row_energy_token_kernel(
         energy += tl.sum(gram * gram, 1)
 
     h_i = h_i.to(tl.float32)
-    tl.store(energy_ptr + row + i, energy, mask=real_i)
-    tl.store(norm_ptr + row + i, tl.sum(h_i * h_i, 1), mask=real_i)
+    tl.store(energy_ptr + row + i, energy, mask=is_written(i, stop, cu_ptr, T))
+    tl.store(norm_ptr + row + i, tl.sum(h_i * h_i, 1), mask=is_written(i, stop, cu_ptr, T))
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
@@ -73,4 +73,4 @@ def row_energy_token_backward_kernel(
         grad = product(weight.to(DERIVED), h_j.to(DERIVED), grad, PRECISION)
 
     grad = 2.0 * grad + (2.0 * beta_i)[:, None] * h_i.to(tl.float32)
-    store_rows(grad_h_ptr, row + i0, real_i, e, E, grad, BLOCK_T)
+    store_rows(grad_h_ptr, row + i0, is_written(i, stop, cu_ptr, T), e, E, grad, BLOCK_T)

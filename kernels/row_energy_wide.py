@@ -6,7 +6,7 @@ The backward is cut into tiles of features too, and each makes the Gram tiles an
 import triton
 import triton.language as tl
 
-from .tiles import load_rows, product, real_tokens, store_rows, tile_of_rows
+from .tiles import is_written, load_rows, product, real_tokens, store_rows, tile_of_rows
 
 
 @triton.jit
@@ -26,6 +26,20 @@ def gram_tile(
     return tl.where(i[:, None] == j[None, :], 0.0, gram)
 
 
+@triton.jit
+def energy_of(
+    h_ptr, mask_ptr, row, begin, stop, i0, keep_i, E, stride_ht,
+    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``Σ_{j≠i} G_ij²`` of the kept rows of a tile, over a sequence."""
+    energy = tl.zeros((BLOCK_T,), tl.float32)
+    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
+        real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
+        gram = gram_tile(h_ptr, i0, j0, keep_i, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
+        energy += tl.sum(gram * gram, 1)
+    return energy
+
+
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
 def row_energy_wide_kernel(
     h_ptr, mask_ptr, span_ptr, cu_ptr, energy_ptr, norm_ptr,
@@ -42,18 +56,15 @@ def row_energy_wide_kernel(
     i = i0 + tl.arange(0, BLOCK_T)
     real_i = real_tokens(i, stop, row, mask_ptr)
 
-    energy = tl.zeros((BLOCK_T,), tl.float32)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
-        gram = gram_tile(h_ptr, i0, j0, real_i, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
-        energy += tl.sum(gram * gram, 1)
-
+    energy = energy_of(
+        h_ptr, mask_ptr, row, begin, stop, i0, real_i, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION
+    )
     norm = tl.zeros((BLOCK_T,), tl.float32)
     for e0 in range(0, E, BLOCK_E):
         h_i = load_rows(h_ptr, i0, stride_ht, real_i, e0 + tl.arange(0, BLOCK_E), E, BLOCK_T).to(tl.float32)
         norm += tl.sum(h_i * h_i, 1)
-    tl.store(energy_ptr + row + i, energy, mask=real_i)
-    tl.store(norm_ptr + row + i, norm, mask=real_i)
+    tl.store(energy_ptr + row + i, energy, mask=is_written(i, stop, cu_ptr, T))
+    tl.store(norm_ptr + row + i, norm, mask=is_written(i, stop, cu_ptr, T))
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
@@ -87,4 +98,12 @@ def row_energy_wide_backward_kernel(
         grad = product(weight.to(DERIVED), h_j.to(DERIVED), grad, PRECISION)
 
     h_i = load_rows(h_ptr, i0, stride_ht, real_i, out, E, BLOCK_T).to(tl.float32)
-    store_rows(grad_h_ptr, row + i0, real_i, out, E, 2.0 * grad + (2.0 * beta_i)[:, None] * h_i, BLOCK_T)
+    store_rows(
+        grad_h_ptr,
+        row + i0,
+        is_written(i, stop, cu_ptr, T),
+        out,
+        E,
+        2.0 * grad + (2.0 * beta_i)[:, None] * h_i,
+        BLOCK_T,
+    )

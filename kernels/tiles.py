@@ -17,6 +17,15 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_of(tile):
+    """Sum over both axes, in a tensor of one element.
+
+    Two axes down to the end: Triton 3.7 crashes for sm_100 where what comes of a product is reduced along its only one.
+    """
+    return tl.sum(tl.sum(tile, 1, keep_dims=True), 0)
+
+
+@triton.jit
 def offset_of(sequence, cu_ptr, T):
     """Where a packed sequence starts. Clamped: the offsets cannot be checked without waiting for the device."""
     return tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), T)
@@ -101,19 +110,33 @@ def sequence_ptr(ptr, sequence, row, stride_b, stride_t, cu_ptr):
 
 
 @triton.jit
+def is_written(token, stop, cu_ptr, T):
+    """Which tokens a kernel writes: all of a sequence, padding included."""
+    limit = stop
+    if cu_ptr is None:
+        limit = T
+    return token < limit
+
+
+@triton.jit
 def tile_of_rows(
     h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK: tl.constexpr, LONG: tl.constexpr
 ):  # fmt: skip
     """What a program along axis 0 works on: pointer to its sequence, the sequence and its first row, first and one past
-    the last real token, the tile's first token, and whether the tile has a real token in a sequence of ``threshold``
-    tokens or more (LONG) or of fewer.
+    the last token to meet, the tile's first token, and whether the tile has rows to write, see ``is_written``, in a
+    sequence of ``threshold`` real tokens or more (LONG) or of fewer.
+
+    A tile of padding alone meets no token, and so writes zeros.
     """
     sequence, first = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK)
     row = first_row(sequence, cu_ptr, T)
     begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
+    in_sequence = is_written(first, stop, cu_ptr, T)
+    if cu_ptr is None:
+        stop = tl.where((first < stop) & (first + BLOCK > begin), stop, begin)
     is_long = count_of(sequence, cu_ptr, span_ptr, T) >= threshold
-    has_rows = (is_long == LONG) & (first < stop) & (first + BLOCK > begin)
-    return sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr), sequence, row, begin, stop, first, has_rows
+    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
+    return h_ptr, sequence, row, begin, stop, first, (is_long == LONG) & in_sequence
 
 
 @triton.jit

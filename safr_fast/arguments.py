@@ -52,6 +52,15 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, mask: Tensor | None, packed: Ten
         raise ValueError(f"cu_seqlens must be on {packed.device} like its input, got {cu_seqlens.device}")
 
 
+def check_group(group: object, cu_seqlens: Tensor | None) -> None:
+    if group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {describe(group)}")
+    if cu_seqlens is not None:
+        raise ValueError("group and cu_seqlens exclude each other: spread padded sequences (..., T, E) over the ranks")
+
+
 def check_offsets(cu_seqlens: Tensor | None, tokens: int) -> None:
     """Of values that are at hand: on a GPU they would have to be waited for, and a compiler has none."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
@@ -104,6 +113,13 @@ def check_number(name: str, value: float, least: float | None = None) -> None:
     # Compared rather than asked of math, which a compiler cannot trace; NaN compares with nothing.
     if not (-math.inf < value < math.inf) or (least is not None and value < least):
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+
+
+def check_bytes(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be None or a whole number of bytes, at least 1, got {describe(value)}")
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be None or a whole number of bytes, at least 1, got {value}")
 
 
 def check_flag(name: str, value: bool) -> None:

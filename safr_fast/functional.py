@@ -23,15 +23,20 @@ Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from safr_fast import arguments, reference
+from safr_fast.ops import dispatch, sequence_parallel
+from safr_fast.ops import importance as importance_op
 from safr_fast.ops import interaction as interaction_op
 from safr_fast.ops import row_energy as row_energy_op
 from safr_fast.ops.dispatch import Impl
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -58,7 +63,12 @@ def _tokens(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor
 
 
 def row_energy(
-    h: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None, impl: Impl = "auto"
+    h: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    group: "ProcessGroup | None" = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Energy of each row of the Gram matrix off its diagonal, and the squared norm on it.
 
@@ -70,10 +80,13 @@ def row_energy(
         h: ``(..., T, E)``, or ``(N, E)`` with ``cu_seqlens``.
         mask: bool ``(..., T)``, true where a token is real.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        group: ranks over which each sequence is spread, each with its own tokens ``(..., T, E)``, as many as it has:
+            j runs over the tokens of all of them. The ranks exchange E×E moments alone, once forward and once backward,
+            so all of them call this function, and its backward, in the same order. Excludes ``cu_seqlens``.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
-        ``(energy, squared_norm)``, each ``(..., T)``, in units of h⁴ and h²; 0 for padding.
+        ``(energy, squared_norm)``, each ``(..., T)``, in units of h⁴ and h²; 0 for padding. Of the rank's own tokens.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, by name.
@@ -82,7 +95,12 @@ def row_energy(
     Source: the sums of SAFR Eq. 1–3 (arXiv 2501.16374).
     """
     arguments.check_hidden(h, mask, cu_seqlens)
-    return row_energy_op.row_energy(_autocast(h), mask, cu_seqlens, impl)
+    arguments.check_group(group, cu_seqlens)
+    h = _autocast(h)
+    energy, squared_norm = row_energy_op.row_energy(h, mask, cu_seqlens, impl)
+    if group is not None:
+        energy = energy + sequence_parallel.energy_of_others(h, mask, group)
+    return energy, squared_norm
 
 
 def interference(h: Tensor, mask: Tensor | None = None, *, signed: bool = False) -> Tensor:
@@ -177,6 +195,7 @@ def importance_loss(
     eps: float = 0.0,
     reduction: str = "mean",
     cu_seqlens: Tensor | None = None,
+    group: "ProcessGroup | None" = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r"""Asks tokens for monosemantic representations; ``h`` is weighted by importance (VMASK's gate) beforehand.
@@ -189,6 +208,8 @@ def importance_loss(
         eps: ε of :func:`polysemanticity`; 0 as in the paper, 1e-5 in the released code.
         reduction: ``"mean"`` over real tokens (the released code's), ``"sum"`` (the paper's), or ``"none"``: ``t_i``.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        group: ranks over which each sequence is spread, as for :func:`row_energy`. The loss is that of all tokens, the
+            same on each rank; if each rank calls backward on it, each has the gradient of its own tokens.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -201,12 +222,21 @@ def importance_loss(
     """
     arguments.check_reduction(reduction)
     arguments.check_number("eps", eps, least=0)
-    energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, impl=impl)
+    energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, group=group, impl=impl)
+    fused = dispatch.resolve(impl, h.device.type, h.dtype) == "triton"
+    if fused and group is None and reduction != "none":
+        return importance_op.importance(
+            energy, squared_norm, mask, cu_seqlens, eps, h.shape[-1], reduction == "mean", "triton"
+        )
     alive = (energy != 0) & (squared_norm != 0)  # NaN stays
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.
     terms = torch.where(alive, energy.sqrt() / (squared_norm.sqrt() + eps), 0.0) / math.sqrt(max(h.shape[-1], 1))
-    return _reduce(terms, _tokens(h, mask, cu_seqlens), reduction)
+    count = _tokens(h, mask, cu_seqlens)
+    if group is not None and reduction != "none":
+        terms = sequence_parallel.sum_over_ranks(terms.sum(), group)
+        count = sequence_parallel.sum_over_ranks(torch.as_tensor(count, device=h.device), group)
+    return _reduce(terms, count, reduction)
 
 
 def interaction_loss(
@@ -216,6 +246,7 @@ def interaction_loss(
     squared: bool = True,
     exclude_diagonal: bool = False,
     reduction: str = "mean",
+    workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r"""Lets strongly attending pairs share neurons: attention falls on pairs whose attention rows overlap.
@@ -231,6 +262,9 @@ def interaction_loss(
         squared: φ(x) = x² as in the paper, else φ(x) = x as in the released code.
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
+        workspace_bytes: of ``"triton"``: what the T×T matrices of the heads in work may take at a time, though never
+            less than one head's. If None, 32 MiB or, where eight heads need more, what they need up to 256 MiB.
+            Shows in no bit of the result.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -244,7 +278,8 @@ def interaction_loss(
     """
     arguments.check_attention(attention, mask)
     arguments.check_form(squared, exclude_diagonal, reduction)
-    total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl)
+    arguments.check_bytes("workspace_bytes", workspace_bytes)
+    total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl, workspace_bytes)
     return _mean_over_pairs(total, mask, None, attention.shape[-1], reduction)
 
 
@@ -259,6 +294,7 @@ def interaction_loss_from_qk(
     exclude_diagonal: bool = False,
     reduction: str = "mean",
     cu_seqlens: Tensor | None = None,
+    workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r""":func:`interaction_loss` of :math:`A = \mathrm{softmax}(\text{scale} \cdot q k^\top)`, which is never stored.
@@ -275,6 +311,7 @@ def interaction_loss_from_qk(
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        workspace_bytes: as for :func:`interaction_loss`; if None, 256 MiB for packed input.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -291,11 +328,12 @@ def interaction_loss_from_qk(
     arguments.check_query_key(q, k, mask, cu_seqlens)
     arguments.check_form(squared, exclude_diagonal, reduction)
     arguments.check_flag("is_causal", is_causal)
+    arguments.check_bytes("workspace_bytes", workspace_bytes)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     arguments.check_number("scale", scale)
     total = interaction_op.interaction_from_qk(
-        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl
+        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl, workspace_bytes
     )
     return _mean_over_pairs(total, mask, cu_seqlens, q.shape[-2], reduction)
 

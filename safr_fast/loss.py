@@ -43,6 +43,8 @@ class SAFRLoss(nn.Module):
     The λ that the SAFR paper reports belong to the released code, whose terms are means. The paper's own formulas sum
     over samples as well, which with a batch of B is another factor of B.
 
+    Under FSDP, pass what the model's ``forward`` returned: a tensor stashed on a module misses FSDP's hooks.
+
     Args:
         lambda_importance: weight of the importance term; at 0 it is not computed.
         lambda_interaction: weight of the interaction term; at 0 it is not computed.
@@ -102,44 +104,53 @@ class SAFRLoss(nn.Module):
         attention: Tensor | Sequence[Tensor] | None = None,
         qk: Pair | Sequence[Pair] | None = None,
         mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         return_parts: bool = False,
     ) -> Tensor | LossParts:
         """
         Args:
             logits: what ``criterion`` takes first.
             target: what it takes second.
-            hidden: ``(..., T, E)`` representations for the importance term, weighted by VMASK's gate; or several.
+            hidden: ``(..., T, E)`` representations for the importance term, weighted by VMASK's gate; or packed
+                ``(N, E)``; or several.
             attention: ``(B, H, T, T)`` weights for the interaction term; or several. Excludes ``qk``.
-            qk: ``(q, k)``, each ``(B, H, T, D)``, for the same without stored weights; or several pairs.
+            qk: ``(q, k)``, each ``(B, H, T, D)`` or packed ``(N, H, D)``, for the same without stored weights; or
+                several pairs.
             mask: bool ``(B, T)``, true where a token is real.
+            cu_seqlens: int32 ``(S + 1,)`` offsets of packed samples; excludes ``mask`` and ``attention``.
             return_parts: give :class:`LossParts` instead of the total.
 
         Raises:
-            ValueError: a term with a positive weight lacks its input, or has two.
+            ValueError: a term with a positive weight lacks its input, or has two; ``attention`` with ``cu_seqlens``.
         """
         task = self.criterion(logits, target)
         total = task
         importance = interaction = None
         if self.lambda_importance > 0:
-            importance = self._importance(hidden, mask)
+            importance = self._importance(hidden, mask, cu_seqlens)
             total = total + self.lambda_importance * importance
         if self.lambda_interaction > 0:
-            interaction = self._interaction(attention, qk, mask)
+            interaction = self._interaction(attention, qk, mask, cu_seqlens)
             total = total + self.lambda_interaction * interaction
         return LossParts(total, task, importance, interaction) if return_parts else total
 
-    def _importance(self, hidden: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Tensor:
+    def _importance(
+        self, hidden: Tensor | Sequence[Tensor] | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         if hidden is None:
             raise ValueError("hidden must be given for the importance term; or set lambda_importance=0")
         layers = [hidden] if isinstance(hidden, Tensor) else _layers("hidden", hidden)
         eps = 1e-5 if self.variant == "released" else 0.0
-        terms = [
-            functional.importance_loss(h, mask, eps=eps, reduction=self._reduction, impl=self.impl) for h in layers
-        ]
-        return self._pool("hidden", terms, [h.shape[:-2].numel() for h in layers])
+        form: dict[str, Any] = {"eps": eps, "reduction": self._reduction, "impl": self.impl}
+        terms = [functional.importance_loss(h, mask, cu_seqlens=cu_seqlens, **form) for h in layers]
+        return self._pool("hidden", terms, [_samples(h.shape[:-2].numel(), cu_seqlens) for h in layers])
 
     def _interaction(
-        self, attention: Tensor | Sequence[Tensor] | None, qk: Pair | Sequence[Pair] | None, mask: Tensor | None
+        self,
+        attention: Tensor | Sequence[Tensor] | None,
+        qk: Pair | Sequence[Pair] | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> Tensor:
         released = self.variant == "released"
         form: dict[str, Any] = {
@@ -149,14 +160,16 @@ class SAFRLoss(nn.Module):
             "impl": self.impl,
         }
         if attention is not None and qk is None:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens goes with qk: stored attention is padded (B, H, T, T), pass mask with it")
             layers = [attention] if isinstance(attention, Tensor) else _layers("attention", attention)
             terms = [functional.interaction_loss(weights, mask, **form) for weights in layers]
             return self._pool("attention", terms, [weights.shape[0] for weights in layers])
         if qk is not None and attention is None:
             pairs = _pairs(qk)
-            form |= {"scale": self.scale, "is_causal": self.is_causal}
+            form |= {"scale": self.scale, "is_causal": self.is_causal, "cu_seqlens": cu_seqlens}
             terms = [functional.interaction_loss_from_qk(q, k, mask, **form) for q, k in pairs]
-            return self._pool("qk", terms, [q.shape[0] for q, _ in pairs])
+            return self._pool("qk", terms, [_samples(q.shape[0], cu_seqlens) for q, _ in pairs])
         given = "neither" if qk is None else "both"
         raise ValueError(
             f"the interaction term takes attention or qk, got {given}: pass one; or set lambda_interaction=0"
@@ -173,6 +186,10 @@ class SAFRLoss(nn.Module):
         if self.variant == "released":
             return torch.stack(terms).mean()
         return torch.stack([term / max(count, 1) for term, count in zip(terms, samples, strict=True)]).sum()
+
+
+def _samples(padded: int, cu_seqlens: Tensor | None) -> int:
+    return padded if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _layers(name: str, layers: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ def segment_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
 
 
-def _real(valid: Tensor | None, x: Tensor) -> Tensor:
+def real(valid: Tensor | None, x: Tensor) -> Tensor:
     """Rows of ``x`` where ``valid``, else 0: selected, since padding may hold NaN."""
     return x if valid is None else torch.where(valid.unsqueeze(-1), x, 0.0)
 
@@ -26,7 +26,7 @@ def _real(valid: Tensor | None, x: Tensor) -> Tensor:
 def gram(h: Tensor, mask: Tensor | None = None) -> Tensor:
     """``(..., T, T)`` inner products :math:`h_i · h_j`; 0 in padded rows and columns."""
     with torch.autocast(h.device.type, enabled=False):
-        h = _real(mask, upcast(h))
+        h = real(mask, upcast(h))
         return h @ h.mT
 
 
@@ -38,7 +38,7 @@ def row_energy(h: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None 
         segment = segment_ids(cu_seqlens, tokens)
         mask = segment < cu_seqlens.shape[0] - 1
         other = other & (segment[:, None] == segment[None, :])
-    h = _real(mask, upcast(h))  # once, since each use's gradient would be rounded to 16 bits by itself
+    h = real(mask, upcast(h))  # once, since each use's gradient would be rounded to 16 bits by itself
     energy = torch.where(other, gram(h), 0.0).square().sum(-1)
     return energy, h.square().sum(-1)
 
@@ -52,7 +52,7 @@ def attention_from_qk(
     """
     with torch.autocast(q.device.type, enabled=False):
         valid = None if mask is None else mask[:, None, :]
-        q, k = _real(valid, upcast(q)), _real(valid, upcast(k))
+        q, k = real(valid, upcast(q)), real(valid, upcast(k))
         scores = scale * (q @ k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1).mT)  # (B, H, T, T)
     allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     if is_causal:

@@ -2,11 +2,17 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ranks
 import torch
 from torch import Tensor
 
@@ -166,3 +172,17 @@ def lengths_mask(lengths: Sequence[int], tokens: int) -> Tensor:
 
 def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def forkserver() -> ForkServerContext:
+    """Processes of their own that begin with torch loaded, yet without any thread of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["safr_fast.training.loop"])  # an installed module: it knows no folder of tests
+    return context
+
+
+def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` gives in each of ``count`` processes joined by gloo."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, forkserver()) as pool:
+        calls = [pool.submit(ranks.joined, rank, count, folder, function, arguments) for rank in range(count)]
+        return [call.result() for call in calls]

@@ -87,9 +87,7 @@ def test_padding_costs_nothing(level: str) -> None:
         assert row_energy_work(h.clone(), mask=mask) == row_energy_work(h[mask], cu_seqlens=offsets)
         padded, _ = work(lambda: sf.interaction_loss_from_qk(*qk, mask, impl="cpp"))
         packed, _ = work(
-            lambda: sf.interaction_loss_from_qk(
-                *(x.transpose(1, 2)[mask] for x in qk), cu_seqlens=offsets, impl="cpp"
-            )
+            lambda: sf.interaction_loss_from_qk(*(x.transpose(1, 2)[mask] for x in qk), cu_seqlens=offsets, impl="cpp")
         )
     assert padded == packed > 0
 

@@ -316,6 +316,16 @@ WRONG = {
         TypeError,
         "is_causal must be True or False, got str 'no'",
     ),
+    "workspace_bytes": (
+        lambda: sf.interaction_loss(A, workspace_bytes=1e6),
+        TypeError,
+        "workspace_bytes must be None or a whole number of bytes, at least 1, got float 1000000.0",
+    ),
+    "no workspace": (
+        lambda: sf.interaction_loss_from_qk(Q, Q, workspace_bytes=0),
+        ValueError,
+        "workspace_bytes must be None or a whole number of bytes, at least 1, got 0",
+    ),
     "squared": (lambda: sf.interaction_loss(A, squared=2), TypeError, "squared must be True or False, got int 2"),
     "float8": (lambda: sf.row_energy(H.to(torch.float8_e4m3fn)), TypeError, "h must be float32.* got float8_e4m3fn"),
     "a list of impl": (lambda: sf.row_energy(H, impl=["cpp"]), ValueError, "impl must be one of .* got"),

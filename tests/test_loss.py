@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import every_backend, forced, lengths_mask, normal, relative_error
+from support import every_backend, forced, lengths_mask, normal, offsets, relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -158,6 +158,19 @@ def test_the_mask_leaves_padding_out() -> None:
         assert torch.isclose(getattr(together, term) * 3, sum(getattr(part, term) for part in alone))
 
 
+@every_backend()
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_packed_samples_have_the_loss_of_padded_ones(backend: str, variant: str) -> None:
+    logits, target, h, q, k = batch(tokens=10)
+    mask = lengths_mask([10, 4, 0], 10)
+    packed = {"hidden": h[mask], "qk": tuple(x.transpose(1, 2)[mask] for x in (q, k))}
+    with forced(backend) as impl:
+        loss = sf.SAFRLoss(variant=variant, impl=impl)
+        padded = loss(logits, target, hidden=h, qk=(q, k), mask=mask, return_parts=True)
+        ours = loss(logits, target, **packed, cu_seqlens=offsets([10, 4, 0]), return_parts=True)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(padded))
+
+
 def test_another_criterion() -> None:
     logits, _, h, *_ = batch()
     target = normal(3, 2, seed=8)
@@ -188,5 +201,7 @@ def test_missing_input_says_what_to_pass() -> None:
         loss(logits, target, hidden=h)
     with pytest.raises(ValueError, match="takes attention or qk, got both"):
         loss(logits, target, hidden=h, qk=(q, k), attention=attention)
+    with pytest.raises(ValueError, match="cu_seqlens goes with qk"):
+        loss(logits, target, hidden=h.flatten(0, 1), attention=attention, cu_seqlens=offsets([23, 23, 23]))
     with pytest.raises(ValueError, match="hidden must hold at least one layer"):
         loss(logits, target, hidden=[], qk=(q, k))

@@ -1,15 +1,18 @@
 """The word mask, attention that stores no weights, and the classifier on ragged batches."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from support import normal, offsets, value_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
 
 import safr_fast as sf
 from safr_fast import reference
 from safr_fast.nn import VMASK, SAFRClassifier, SelfAttention, TransformerClassifier
+from safr_fast.nn import packed_attention as packed
 from safr_fast.nn.classifier import sinusoidal_positions
 
 SIZES = {"dim": 16, "heads": 4, "feedforward": 32}
@@ -48,6 +51,15 @@ def test_the_hard_gate_is_drawn_with_its_probability() -> None:
     x = torch.randn(1, 16).expand(20_000, 16)
     drawn = vmask(x).mean().item()
     assert drawn == pytest.approx(vmask.eval()(x[:1]).item(), abs=0.02)
+
+
+def test_a_gate_by_word_type_is_the_gate_of_each_token() -> None:
+    torch.manual_seed(0)
+    vmask = VMASK(16, 8)
+    x, place = torch.randn(5, 16), torch.randint(5, (4_000,))
+    drawn = vmask(x, place)
+    assert drawn[place == 0].unique().tolist() == [0.0, 1.0]
+    torch.testing.assert_close(vmask.eval()(x, place), vmask(x[place]))
 
 
 def test_the_hard_gate_lets_gradients_through() -> None:
@@ -125,6 +137,67 @@ def test_padding_takes_part_in_nothing(kind: type[TransformerClassifier]) -> Non
         torch.testing.assert_close(together[row : row + 1], alone)
     other = ids.where(mask, 7)
     torch.testing.assert_close(model(other, mask).logits, together)
+
+
+@pytest.mark.parametrize("kind", [SAFRClassifier, TransformerClassifier])
+def test_packed_texts_are_classified_as_padded_ones(kind: type[TransformerClassifier]) -> None:
+    lengths = (9, 4, 0, 1)
+    model = classifier(kind, layers=2).eval()
+    ids, mask = tokens(*lengths)
+    padded = model(ids, mask)
+    packed = model(ids[mask], cu_seqlens=offsets(lengths))
+    torch.testing.assert_close(packed.logits, padded.logits)
+    torch.testing.assert_close(packed.hidden, padded.hidden[mask])
+    for ours, theirs in zip(packed.qk, padded.qk, strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y.transpose(1, 2)[mask])
+    gradients = [
+        torch.autograd.grad(output.logits.square().sum() + output.hidden.sum(), model.embedding.weight)[0]
+        for output in (packed, padded._replace(hidden=padded.hidden[mask]))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_embeddings_may_be_given_in_place_of_their_words() -> None:
+    ids, mask = tokens(5, 3)
+    packed, cu_seqlens = ids[mask], offsets([5, 3])
+    model = classifier().eval()
+    given = torch.randn_like(model.embedding(ids))
+    for output, own in (
+        (model(ids, mask, embedded=model.embedding(ids)), model(ids, mask)),
+        (model(ids, mask, embedded=given), model(packed, cu_seqlens=cu_seqlens, embedded=given[mask])),
+    ):
+        torch.testing.assert_close(output.logits, own.logits)
+    assert not torch.allclose(model(ids, mask, embedded=given).logits, model(ids, mask).logits)
+
+
+def test_packed_texts_exclude_a_mask_and_may_be_none() -> None:
+    model = classifier()
+    ids, mask = tokens(3, 2)
+    with pytest.raises(ValueError, match="mask and cu_seqlens exclude each other"):
+        model(ids, mask, cu_seqlens=offsets([3, 2]))
+    with pytest.raises(ValueError, match=r"the input must be packed \(N\), got \(2, 3\)"):
+        model(ids, cu_seqlens=offsets([3, 2]))
+    nothing = model(ids[:0, 0], cu_seqlens=offsets([]))
+    assert nothing.logits.shape == (0, 2)
+
+
+@pytest.mark.parametrize("form", [packed._by_sequence, packed._nested])
+def test_every_form_of_packed_attention_is_attention_within_each_sequence(form: Callable[..., Tensor]) -> None:
+    lengths = [5, 1, 1, 17, 5]
+    q, k, v = (normal(29, 2, 8, seed=seed).double() for seed in range(3))
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        segment = torch.arange(5).repeat_interleave(torch.tensor(lengths))
+        weights = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(8)).masked_fill(
+            segment[:, None] != segment[None, :], -math.inf
+        )
+        return torch.einsum("hij,jhd->ihd", weights.softmax(-1), v)
+
+    options = [17] if form is packed._nested else []
+    results = value_and_gradients(lambda *x: form(*x, offsets(lengths), *options), (q, k, v))
+    for result, wanted in zip(results, value_and_gradients(expected, (q, k, v)), strict=True):
+        torch.testing.assert_close(result, wanted)
 
 
 def test_a_sample_without_real_tokens_is_finite_and_moves_nothing_else() -> None:

@@ -3,50 +3,49 @@
 import dataclasses
 import json
 import math
+import os
+import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import ranks
 import torch
+from ranks import SIZES, TINY
+from ranks import train as run
+from support import forkserver, offsets
 from torch import Tensor
 
-from safr_fast.data import Corpus, Truth, Vocabulary, synthetic
-from safr_fast.data.batches import Batch, EncodedSplit
+import safr_fast as sf
+from safr_fast.data import Truth, Vocabulary, synthetic
+from safr_fast.data.batches import Batch, EncodedSplit, by_length, token_buckets
 from safr_fast.errors import BackendUnavailable
-from safr_fast.nn import ClassifierOutput
+from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training import (
     ModelConfig,
     OptionError,
     RunError,
     TrainConfig,
-    TrainResult,
     load_run,
     loop,
     measure,
+    meter,
     train,
 )
 from safr_fast.training.agreement import Agreement, above
 from safr_fast.training.measure import evaluate
 from safr_fast.training.model import build_model
+from safr_fast.training.plan import Step, share, steps
+from safr_fast.training.protocol import MASKED
 from safr_fast.training.run import RunFolder, write_atomically, write_json
-
-TINY = ModelConfig(dim=16, heads=2, feedforward=32, mask_hidden=16)
-SIZES = {"train": 100, "dev": 40, "test": 40}
 
 
 @pytest.fixture(autouse=True)
 def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bool) -> Corpus:
-        return synthetic(seed, SIZES)
-
-    monkeypatch.setattr(loop.data, "load", load)
-
-
-def run(out: Path, *, resume: bool = False, **options: Any) -> TrainResult:
-    defaults: dict[str, Any] = {"epochs": 4, "patience": 4, "learning_rate": 1e-3, "log_every": 2, "model": TINY}
-    config = TrainConfig(out=out, device="cpu", **(defaults | options))
-    return train(config, resume=resume, report=lambda line: None)
+    monkeypatch.setattr(loop.data, "load", ranks.small_corpus)
 
 
 def records(out: Path, event: str) -> list[dict[str, Any]]:
@@ -57,7 +56,7 @@ def records(out: Path, event: str) -> list[dict[str, Any]]:
 def without_times(values: Any) -> Any:
     """The same without what differs between two runs of one configuration."""
     if isinstance(values, dict):
-        varying = ("seconds", "evaluation_seconds", "tokens_per_second", "out")
+        varying = ("seconds", "evaluation_seconds", "tokens_per_second", "out", "peak_memory")
         return {name: without_times(value) for name, value in values.items() if name not in varying}
     return [without_times(value) for value in values] if isinstance(values, list) else values
 
@@ -85,6 +84,19 @@ def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
     original = loop.forward
     monkeypatch.setattr(loop, "forward", forward)
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one at every training step."""
+    steps: list[int] = []
+
+    def forward(*arguments: Any) -> Any:
+        steps.append(len(steps))
+        return original(*arguments)
+
+    original = loop.forward
+    monkeypatch.setattr(loop, "forward", forward)
+    return steps
 
 
 def test_metrics_hold_every_term_weighted_and_not(tmp_path: Path) -> None:
@@ -126,8 +138,8 @@ def test_measures_of_a_split_do_not_depend_on_the_evaluation_batch(
     torch.manual_seed(0)
     model = build_model(len(vocabulary), TINY)
     measured = []
-    for size in (1, 7, SIZES["test"]):
-        monkeypatch.setattr(measure, "_EVALUATION_BATCH", size)
+    for size in (1, 100, int(split.lengths.sum())):
+        monkeypatch.setattr(measure, "_EVALUATION_TOKENS", size)
         measured.append(evaluate(model, split, TrainConfig(variant=variant)))
     assert measured[0] == pytest.approx(measured[2], rel=1e-5)
     assert measured[1] == pytest.approx(measured[2], rel=1e-5)
@@ -136,13 +148,14 @@ def test_measures_of_a_split_do_not_depend_on_the_evaluation_batch(
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_training_weighs_the_released_importance_by_tokens(variant: Any) -> None:
     """Two batches: one text of three tokens, and two texts of one."""
-    means = measure.Means(variant)
+    means = measure.Means(variant, MASKED)
     for lengths, importance in (([3], 1.0), ([1, 1], 2.0)):
-        mask = torch.arange(3) < torch.tensor(lengths)[:, None]
         labels = torch.zeros(len(lengths), dtype=torch.int64)
-        output = ClassifierOutput(torch.zeros(len(lengths), 2), torch.zeros(len(lengths), 3, 1), (), None)
+        output = ClassifierOutput(torch.zeros(len(lengths), 2), torch.zeros(sum(lengths), 1), (), None)
         terms = dict.fromkeys(("importance", "importance_weighted", "interaction"), torch.tensor(importance))
-        means.add_batch(Batch(mask.long(), mask, labels, list(range(len(lengths)))), output, terms)
+        ids = torch.zeros(sum(lengths), dtype=torch.int64)
+        batch = Batch(ids, offsets(lengths), labels, max(lengths), list(range(len(lengths))))
+        means.add_batch(batch, output, terms)
     by_samples, by_tokens = (1 * 1.0 + 2 * 2.0) / 3, (3 * 1.0 + 2 * 2.0) / 5
     expected = by_tokens if variant == "released" else by_samples
     values = means.read()
@@ -172,6 +185,141 @@ def test_json_is_never_written_with_nan(tmp_path: Path) -> None:
     assert not (tmp_path / "file.json").exists()
 
 
+@pytest.fixture
+def trained() -> tuple[TransformerClassifier, EncodedSplit]:
+    """A model whose gates and dropout are at rest, and texts."""
+    corpus = synthetic(0, SIZES)
+    vocabulary = Vocabulary.of(corpus.train.texts)
+    torch.manual_seed(0)
+    return build_model(len(vocabulary), TINY).eval(), EncodedSplit.of(corpus.train, vocabulary)
+
+
+def test_a_text_has_the_same_loss_whatever_its_batch_mates(
+    trained: tuple[TransformerClassifier, EncodedSplit],
+) -> None:
+    model, split = trained
+
+    def losses(rows: list[int]) -> list[Tensor]:
+        """Cross-entropy and interaction of each text, and the importance of each of its tokens."""
+        batch = split.batch(rows)
+        output = model(batch.ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        form: dict[str, Any] = {"cu_seqlens": batch.cu_seqlens, "reduction": "none"}
+        importance = sf.importance_loss(output.hidden, eps=1e-5, **form)
+        interaction = sf.interaction_loss_from_qk(*output.qk[0], squared=False, exclude_diagonal=True, **form)
+        cross_entropy = torch.nn.functional.cross_entropy(output.logits, batch.labels, reduction="none")
+        per_token = importance.split(batch.cu_seqlens.diff().tolist())
+        return [torch.cat((cross_entropy[i : i + 1], interaction[i], per_token[i])) for i in range(len(rows))]
+
+    alone = [losses([row])[0] for row in range(len(split))]
+    for batches in ([list(range(len(split)))], by_length(split.lengths, 100), token_buckets(split.lengths, 60, 0, 1)):
+        for rows in batches:
+            for row, own in zip(rows, losses(rows), strict=True):
+                torch.testing.assert_close(own, alone[row])
+
+
+def gradients(model: TransformerClassifier, split: EncodedSplit, planned: list[Step], variant: Any) -> list[Tensor]:
+    loss = sf.SAFRLoss(0.5, 0.25, variant=variant)
+    model.zero_grad()
+    for step in planned:
+        for rows in step.batches:
+            batch = split.batch(rows)
+            share(step, batch, loss, measure.forward(model, loss, batch, MASKED)[1]).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("batches", [{"batch_size": 7}, {"batch_tokens": 120}], ids=["by texts", "by tokens"])
+def test_accumulated_batches_are_one_step(
+    trained: tuple[TransformerClassifier, EncodedSplit], batches: dict[str, int], variant: Any
+) -> None:
+    model, split = trained
+    planned = steps(split.lengths, TrainConfig(accumulate=1_000, **batches), 1)
+    assert len(planned) == 1
+    assert len(planned[0].batches) > 5
+    whole = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
+    pairs = zip(gradients(model, split, planned, variant), gradients(model, split, whole, variant), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_every_text_weighs_the_same_in_an_epoch_of_batches_by_tokens(
+    trained: tuple[TransformerClassifier, EncodedSplit], variant: Any
+) -> None:
+    model, split = trained
+    planned = steps(split.lengths, TrainConfig(batch_tokens=120), 1)
+    assert len({len(step.batches[0]) for step in planned}) > 3
+    (whole,) = steps(split.lengths, TrainConfig(batch_size=len(split)), 1)
+    pairs = zip(gradients(model, split, planned, variant), gradients(model, split, [whole], variant), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, len(planned) * expected, rtol=1e-4, atol=1e-5)
+
+
+BOTH = pytest.mark.parametrize("protocol", [{}, {"protocol": "released", "max_len": 24}], ids=["masked", "released"])
+
+
+@BOTH
+def test_bfloat16_trains_by_nearly_the_same_terms(tmp_path: Path, protocol: dict[str, Any]) -> None:
+    exact, rounded = (
+        records(run(tmp_path / str(bf16), bf16=bf16, epochs=1, log_every=1, **protocol).out, "step")
+        for bf16 in (False, True)
+    )
+    for ours, expected in zip(rounded, exact, strict=True):
+        for name in ("cross_entropy", "importance", "interaction"):
+            assert ours["train"][name] == pytest.approx(expected["train"][name], rel=0.05)
+            assert ours["train"][name] != expected["train"][name]
+
+
+@BOTH
+def test_compiled_steps_are_the_steps_uncompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: dict[str, Any]
+) -> None:
+    """Without random numbers, which a compiler draws in its own way, and without generating code, which takes long."""
+    compiled: list[torch.nn.Module] = []
+
+    def compile(model: torch.nn.Module, **options: Any) -> Any:
+        compiled.append(model)
+        return original(model, backend="aot_eager", **options)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    torch.compiler.reset()
+    still = dataclasses.replace(TINY, gate=False, dropout=0.0)
+    for name in ("eager", "compiled"):
+        run(tmp_path / name, epochs=1, log_every=1, model=still, compile=name == "compiled", **protocol)
+    assert len(compiled) == 1
+    for a, b in zip(records(tmp_path / "eager", "step"), records(tmp_path / "compiled", "step"), strict=True):
+        assert a["train"] == pytest.approx(b["train"], rel=1e-4)
+
+
+def test_full_length_cuts_nothing(tmp_path: Path) -> None:
+    config = TrainConfig(dataset="imdb", full_length=True).resolved()
+    assert (config.max_len, config.batch_tokens) == (0, 8192)
+    assert TrainConfig(full_length=True, batch_tokens=100).resolved().batch_tokens == 100
+    with pytest.raises(OptionError, match="full_length cuts no text, but max_len is 512"):
+        TrainConfig(full_length=True, max_len=512)
+    said: list[str] = []
+    config = TrainConfig(out=tmp_path / "run", epochs=1, full_length=True, model=TINY, device="cpu", accumulate=2)
+    result = train(config, report=said.append)
+    (epoch,) = records(result.out, "epoch")
+    assert epoch["step"] == 1
+    assert said[-1].startswith("peak memory: process ")
+    assert result.peak_memory["process"] > 2**20
+
+
+def test_an_epoch_without_a_terminal_says_its_speed_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = iter([0.0, 30.0, 60.0, 90.0, 120.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    with meter.Meter(2, 10_000, 2_000, said.append) as progress:
+        for _ in range(4):
+            progress.add(1_000)
+    assert said == [
+        "epoch   2 |  40% of 10,000 tokens | 33 tokens/s | 3 min left of it",
+        "epoch   2 |  60% of 10,000 tokens | 33 tokens/s | 2 min left of it",
+    ]
+
+
 def test_a_term_of_weight_zero_is_not_computed_in_training_but_measured_in_evaluation(tmp_path: Path) -> None:
     result = run(tmp_path / "run", lambda_importance=0.0, lambda_interaction=0.0, epochs=1)
     (epoch,) = records(result.out, "epoch")
@@ -195,16 +343,74 @@ def test_two_runs_of_one_configuration_are_equal_to_the_bit(tmp_path: Path) -> N
     assert contents(tmp_path / "c")[1] != contents(tmp_path / "a")[1]
 
 
+@pytest.mark.parametrize("checkpoint_every", [1, 3, 1_000])
 @pytest.mark.parametrize("step", [1, 4, 5, 11], ids=lambda step: f"interrupted at step {step}")
-def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_a_resumed_run_ends_as_if_never_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, checkpoint_every: int
+) -> None:
     run(tmp_path / "whole")
     with monkeypatch.context() as patched:
         interrupt_at_step(patched, step)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "parts")
-    run(tmp_path / "parts", resume=True)
+            run(tmp_path / "parts", checkpoint_every=checkpoint_every)
+    with monkeypatch.context() as patched:
+        steps = count_steps(patched)
+        run(tmp_path / "parts", resume=True)
+    assert len(steps) == 16 - max((step - 1) // 4 * 4, (step - 1) // checkpoint_every * checkpoint_every)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
     assert not (tmp_path / "parts" / "state.safetensors").exists()
+
+
+def test_a_resumed_run_with_pads_that_count_ends_as_if_never_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"protocol": "released", "max_len": 24, "epochs": 2, "checkpoint_every": 3}
+    run(tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", **options)
+    run(tmp_path / "parts", resume=True, **options)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) -> None:
+    """20 kills, at moments spread over all that a run still has to do, its start and its end too."""
+    options = {"epochs": 2, "checkpoint_every": 2, "log_every": 3, "batch_tokens": 150}
+    in_process(tmp_path / "warm", False, options).join()
+    started = time.perf_counter()
+    in_process(tmp_path / "whole", False, options).join()
+    seconds = time.perf_counter() - started
+    random = Random(0)
+    kills, resumed, runs = 0, 0, [tmp_path / "0"]
+    while kills < 20:
+        out = runs[-1]
+        begun = (out / "config.json").exists()
+        process = in_process(out, begun, options)
+        process.join(random.uniform(0, seconds))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            resumed += begun
+        else:
+            assert process.exitcode == 0
+            runs.append(tmp_path / str(len(runs)))
+    begun = (runs[-1] / "config.json").exists()
+    last = in_process(runs[-1], begun, options)
+    last.join()
+    assert last.exitcode == 0
+    assert resumed > 3
+    for out in runs:
+        assert_same_runs(tmp_path / "whole", out)
+        assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
+
+
+def in_process(*arguments: Any) -> ForkServerProcess:
+    process = forkserver().Process(target=ranks.train_alone, args=arguments)
+    process.start()
+    return process
 
 
 def test_a_kill_between_weights_and_state_repeats_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +445,25 @@ def test_a_kill_between_the_end_and_the_summary_leaves_one_end(tmp_path: Path, m
     assert len(records(tmp_path / "parts", "end")) == 1
     run(tmp_path / "parts", epochs=2, resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_kill_after_the_summary_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", epochs=1)
+    (tmp_path / "run" / ".tmpAbCdEf").touch()
+    run(tmp_path / "run", epochs=1, resume=True)
+    kept = {"config.json", "metrics.jsonl", "model.safetensors", "summary.json", "vocabulary.json"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == kept
+
+
+def test_a_folder_with_nothing_but_half_written_files_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.17.tmp").touch()
+    assert run(tmp_path, epochs=1).epochs == 1
 
 
 def test_the_best_epoch_is_restored_and_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,14 +728,14 @@ def test_above_counts_pairs_with_ties_half() -> None:
 
 def test_agreement_reads_gates_by_role_and_attention_on_pairs() -> None:
     truth = [Truth(("filler", "negator", "sentiment"), ((1, 2),)), Truth(("sentiment",), ())]
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    gate = torch.tensor([[0.1, 0.9, 0.8], [0.6, 0.5, 0.5]])
-    q = torch.zeros(2, 1, 3, 1)
-    k = torch.zeros(2, 1, 3, 1)
-    q[0, 0, 2], k[0, 0, 1] = 1.0, math.log(2.0)
-    batch = Batch(torch.zeros(2, 3, dtype=torch.int64), mask, torch.tensor([0, 1]), [0, 1])
+    gate = torch.tensor([0.1, 0.9, 0.8, 0.6])
+    q, k = torch.zeros(4, 1, 1), torch.zeros(4, 1, 1)
+    q[2], k[1] = 1.0, math.log(2.0)
+    batch = Batch(torch.zeros(4, dtype=torch.int64), offsets([3, 1]), torch.tensor([0, 1]), 3, [0, 1])
     agreement = Agreement(truth)
-    agreement.add(batch, ClassifierOutput(torch.zeros(2, 2), torch.zeros(2, 3, 1), ((q, k),), gate))
+    output = ClassifierOutput(torch.zeros(2, 2), torch.zeros(4, 1), ((q, k),), gate)
+    for row, text in zip(batch.rows, MASKED.texts(output, batch), strict=True):
+        agreement.add(row, text)
     summary = agreement.summary()
     assert summary["gate_filler"] == pytest.approx(0.1)
     assert summary["gate_negator"] == pytest.approx(0.9)

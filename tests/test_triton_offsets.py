@@ -35,10 +35,13 @@ def far_apart(x: Tensor, stride: int) -> Tensor:
         ((2, 300, 8), (2**40, 16, 2), -2, True),
         ((300, 2, 8), (FURTHEST - 1, 2**40, 1), 0, False),
         ((300, 2, 8), (FURTHEST, 8, 1), 0, True),
+        ((2, 300, 16), (2**40, 16, 1), -2, False),
+        ((2, 300, 16), (2**40, 24, 1), -2, True),
+        ((2, 300, 16), (2**40 + 8, 16, 1), -2, True),
     ],
     ids=str,
 )
-def test_tensors_whose_tiles_span_2_31_elements_are_copied(
+def test_tensors_whose_tiles_span_2_31_elements_or_lie_askew_are_copied(
     shape: tuple[int, ...], strides: tuple[int, ...], tokens: int, is_copied: bool
 ) -> None:
     from safr_fast.kernels.tensors import readable
@@ -49,7 +52,15 @@ def test_tensors_whose_tiles_span_2_31_elements_are_copied(
     assert read.is_contiguous() == is_copied
 
 
-@pytest.mark.parametrize(("tokens", "stride"), [(257, FURTHEST - 8), (40, 2**26)], ids=["in place", "copied"])
+def test_a_dense_tensor_that_begins_askew_is_copied() -> None:
+    from safr_fast.kernels.tensors import readable
+
+    x = normal(1 + 2 * 5 * 16)[1:].view(2, 5, 16)
+    assert readable(x).storage_offset() == 0
+    assert torch.equal(readable(x), x)
+
+
+@pytest.mark.parametrize(("tokens", "stride"), [(515, FURTHEST - 8), (40, 2**26)], ids=["in place", "copied"])
 def test_rows_past_2_31_are_read_and_their_gradients_made(tokens: int, stride: int) -> None:
     from safr_fast.kernels import launch
 

@@ -13,30 +13,37 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def interact(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+def interact(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, workspace_bytes: int | None = None) -> tuple[Tensor, ...]:
     from safr_fast.kernels import launch
 
     return launch.interaction_from_qk(
-        q, k, None, cu_seqlens, scale=0.3, is_causal=True, squared=True, exclude_diagonal=False, need_grad=True
-    )
+        q, k, None, cu_seqlens, scale=0.3, is_causal=True, squared=True, exclude_diagonal=False, need_grad=True,
+        workspace_bytes=workspace_bytes,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("limit", [1, 500_000], ids=["one at a time", "some at a time"])
+@pytest.mark.parametrize("workspace_bytes", [1, 500_000], ids=["one at a time", "some at a time"])
 @pytest.mark.parametrize("packed", [False, True], ids=["heads", "strips"])
-def test_chunks_do_not_show(packed: bool, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safr_fast.kernels import interaction_launch, interaction_packed_launch
-
+def test_chunks_do_not_show(packed: bool, workspace_bytes: int) -> None:
     if packed:
         q, k, cu_seqlens = normal(75, 2, 8, seed=1), normal(75, 1, 8, seed=2), offsets([70, 5], DEVICE)
     else:
         q, k, cu_seqlens = normal(2, 2, 70, 8, seed=1), normal(2, 1, 70, 8, seed=2), None
     q, k = q.to(DEVICE), k.to(DEVICE)
     at_once = interact(q, k, cu_seqlens)
-    monkeypatch.setattr(interaction_launch, "CACHED_BYTES", limit)
-    monkeypatch.setattr(interaction_launch, "WORKSPACE_BYTES", limit)
-    monkeypatch.setattr(interaction_packed_launch, "WORKSPACE_BYTES", limit)
-    for whole, chunked in zip(at_once, interact(q, k, cu_seqlens), strict=True):
+    for whole, chunked in zip(at_once, interact(q, k, cu_seqlens, workspace_bytes), strict=True):
         assert torch.equal(whole, chunked)
+
+
+def test_chunks_of_stored_attention_do_not_show() -> None:
+    attention = normal(2, 3, 70, 70).softmax(-1).to(DEVICE)
+    results = []
+    for workspace_bytes in (None, 1, 500_000):
+        leaf = attention.clone().requires_grad_()
+        loss = sf.interaction_loss(leaf, workspace_bytes=workspace_bytes, reduction="none", impl="triton")
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], result, strict=True))
 
 
 @pytest.mark.parametrize("cu_seqlens", [[-9, 40, 20, 2**31 - 1], [300, 310], [60, 90]], ids=str)

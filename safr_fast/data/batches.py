@@ -11,17 +11,19 @@ from safr_fast.data.vocabulary import PAD, Vocabulary
 
 
 class Batch(NamedTuple):
-    """Texts padded on the right to the longest of them."""
+    """Texts packed end to end: N tokens of S texts, and no padding."""
 
-    ids: Tensor  # (B, T) int64
-    mask: Tensor  # (B, T) bool, true where a token is real
-    labels: Tensor  # (B,) int64
+    ids: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (S + 1,) int32: text i from cu_seqlens[i] to cu_seqlens[i + 1]
+    labels: Tensor  # (S,) int64
+    max_seqlen: int
+    """Tokens of the longest text."""
     rows: list[int]
     """Which texts of the split these are."""
 
     def to(self, device: torch.device) -> "Batch":
-        ids, mask, labels = (x.to(device, non_blocking=True) for x in self[:3])
-        return Batch(ids, mask, labels, self.rows)
+        ids, cu_seqlens, labels = (x.to(device, non_blocking=True) for x in self[:3])
+        return Batch(ids, cu_seqlens, labels, *self[3:])
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class EncodedSplit:
     labels: Tensor  # (texts,) int64
 
     @classmethod
-    def of(cls, split: Split, vocabulary: Vocabulary, max_len: int | None = None) -> "EncodedSplit":
+    def of(cls, split: Split, vocabulary: Vocabulary, max_len: int | None = None, *, width: int = 0) -> "EncodedSplit":
+        """``width``: texts that are shorter get pads up to it, which from then on are tokens like others."""
         encoded = [vocabulary.encode(text, max_len) for text in split.texts]
+        encoded = [numbers + [PAD] * (width - len(numbers)) for numbers in encoded]
         ids = torch.tensor([number for numbers in encoded for number in numbers], dtype=torch.int64)
         lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
         return cls(ids, lengths.cumsum(0), torch.tensor(split.labels, dtype=torch.int64))
@@ -49,11 +53,10 @@ class EncodedSplit:
     def batch(self, rows: list[int]) -> Batch:
         index = torch.tensor(rows)
         lengths = self.lengths[index]
-        position = torch.arange(int(lengths.max()))  # (T,)
-        mask = position < lengths[:, None]  # (B, T)
-        source = (self.offsets[index, None] + position).where(mask, 0)
-        ids = self.ids[source] if len(self.ids) else source
-        return Batch(ids.where(mask, PAD), mask, self.labels[index], rows)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # (S + 1,)
+        shift = (self.offsets[index] - cu_seqlens[:-1]).repeat_interleave(lengths)  # (N,)
+        ids = self.ids[torch.arange(len(shift)) + shift]
+        return Batch(ids, cu_seqlens.int(), self.labels[index], int(lengths.max()), rows)
 
 
 def shuffled_buckets(lengths: Tensor, batch_size: int, seed: int, epoch: int, pool: int = 50) -> list[list[int]]:
@@ -72,9 +75,33 @@ def shuffled_buckets(lengths: Tensor, batch_size: int, seed: int, epoch: int, po
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def by_length(lengths: Tensor, batch_size: int) -> list[list[int]]:
-    """Rows of each batch in rising length, for evaluation."""
-    return [batch.tolist() for batch in _cut(lengths.argsort(stable=True), batch_size)]
+def token_buckets(lengths: Tensor, budget: int, seed: int, epoch: int, pool: int = 50) -> list[list[int]]:
+    """The same, for batches of at most ``budget`` tokens; a longer text is a batch of its own."""
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    rows = torch.randperm(len(lengths), generator=generator)
+    batches: list[list[int]] = []
+    for group in _within(lengths, rows.tolist(), pool * budget):
+        shortest_first = lengths[group].argsort(stable=True).tolist()
+        batches += _within(lengths, [group[i] for i in shortest_first], budget)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def by_length(lengths: Tensor, budget: int) -> list[list[int]]:
+    """Rows of each batch in rising length, for evaluation: at most ``budget`` tokens, a longer text by itself."""
+    return _within(lengths, lengths.argsort(stable=True).tolist(), budget)
+
+
+def _within(lengths: Tensor, rows: list[int], budget: int) -> list[list[int]]:
+    """``rows`` cut, in their order, where the next would exceed ``budget`` tokens."""
+    groups: list[list[int]] = []
+    room = -1
+    for row, length in zip(rows, lengths[rows].tolist(), strict=True):
+        if not groups or length > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(row)
+        room -= length
+    return groups
 
 
 def _cut(rows: Tensor, size: int) -> list[Tensor]:

@@ -29,7 +29,14 @@ def check(dataset: Dataset, data_dir: str | Path | None = None) -> None:
         raise DataUnavailable(f"data_dir {str(data_dir)!r} is no folder: give the one that holds the data set's files")
 
 
-def load(dataset: Dataset, data_dir: str | Path | None = None, *, seed: int = 0, all_rows: bool = False) -> Corpus:
+def load(
+    dataset: Dataset,
+    data_dir: str | Path | None = None,
+    *,
+    seed: int = 0,
+    all_rows: bool = False,
+    imdb_dev: Literal["drawn", "last"] = "drawn",
+) -> Corpus:
     """A data set by name.
 
     Args:
@@ -39,8 +46,10 @@ def load(dataset: Dataset, data_dir: str | Path | None = None, *, seed: int = 0,
             ``test.parquet``, or ``aclImdb`` with its ``pos`` and ``neg`` folders. Parquet has columns ``text`` and
             ``label``; ``train-00000-of-00002.parquet`` and its like are parts of ``train``; where the folder itself
             holds none of these, one of its subfolders may hold them all.
-        seed: of the generated texts, and of IMDB's development split (a fifth of each class).
+        seed: of the generated texts, and of IMDB's development split.
         all_rows: SST-2: also take the rows that a column ``paper`` marks as not in the paper's subset.
+        imdb_dev: the fifth of each class that IMDB's development split takes: ``"drawn"`` by the seed, or the
+            ``"last"`` in the order of the files, as in the released code.
 
     Raises:
         DataUnavailable: no such folder or file, damaged files, no network; the message says what to do.
@@ -49,7 +58,7 @@ def load(dataset: Dataset, data_dir: str | Path | None = None, *, seed: int = 0,
     if dataset == "synthetic":
         return synthetic(seed)
     folder = None if data_dir is None else Path(data_dir)
-    return _sst2(folder, all_rows) if dataset == "sst2" else _imdb(folder, seed)
+    return _sst2(folder, all_rows) if dataset == "sst2" else _imdb(folder, seed if imdb_dev == "drawn" else None)
 
 
 def _sst2(folder: Path | None, all_rows: bool) -> Corpus:
@@ -63,7 +72,7 @@ def _sst2(folder: Path | None, all_rows: bool) -> Corpus:
     return Corpus("sst2", splits["train"], splits["validation"], splits["test"])
 
 
-def _imdb(folder: Path | None, seed: int) -> Corpus:
+def _imdb(folder: Path | None, seed: int | None) -> Corpus:
     if folder is None:
         splits = hub.load_from_hub(_REPOSITORIES["imdb"], "imdb")
     elif unpacked := _first_with(folder, "train/pos", "aclImdb"):
@@ -74,15 +83,16 @@ def _imdb(folder: Path | None, seed: int) -> Corpus:
     return Corpus("imdb", train, dev, splits["test"])
 
 
-def _stratified(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Most of a split, and a share of each class drawn from it; both keep the split's order."""
+def _stratified(split: Split, share: float, seed: int | None) -> tuple[Split, Split]:
+    """Most of a split, and a share of each class: drawn, or without a seed the last; both keep the split's order."""
     random = Random(f"{seed}/dev")
-    drawn: set[int] = set()
+    taken: set[int] = set()
     for label in sorted(set(split.labels)):
         rows = [i for i, other in enumerate(split.labels) if other == label]
-        drawn.update(random.sample(rows, round(share * len(rows))))
-    kept = [i for i in range(len(split)) if i not in drawn]
-    return _rows(split, kept), _rows(split, sorted(drawn))
+        count = round(share * len(rows))
+        taken.update(rows[len(rows) - count :] if seed is None else random.sample(rows, count))
+    kept = [i for i in range(len(split)) if i not in taken]
+    return _rows(split, kept), _rows(split, sorted(taken))
 
 
 def _rows(split: Split, rows: Sequence[int]) -> Split:

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safr_fast.nn.packed_attention import packed_attention
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention over a sample's real tokens, by ``scaled_dot_product_attention``.
@@ -19,9 +21,18 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (B, T, E), queries and keys (B, H, T, D); ``keys``: bool (B, T), true where attention may look."""
-        B, T, E = x.shape
-        q, k, v = self.query_key_value(x).view(B, T, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(
+        self, x: Tensor, keys: Tensor | None = None, *, cu_seqlens: Tensor | None = None, max_seqlen: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (B, T, E), queries and keys (B, H, T, D); ``keys``: bool (B, T), true where attention may look.
+
+        Packed: ``x`` and output (N, E), queries and keys (N, H, D); ``cu_seqlens`` int32 (S + 1,) are the offsets of
+        the sequences, ``max_seqlen`` the length of the longest.
+        """
+        qkv = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # (..., 3, H, D)
+        if cu_seqlens is not None:
+            q, k, v = qkv.unbind(1)  # (N, H, D)
+            return self.out(packed_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)), q, k
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         context = F.scaled_dot_product_attention(q, k, v, None if keys is None else keys[:, None, None, :])
-        return self.out(context.transpose(1, 2).reshape(B, T, E)), q, k
+        return self.out(context.transpose(1, 2).flatten(2)), q, k

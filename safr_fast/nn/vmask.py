@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safr_fast.reference import upcast
+
 
 class VMASK(nn.Module):
     r"""A gate per token, from its embedding alone.
@@ -27,9 +29,17 @@ class VMASK(nn.Module):
         self.to_logits = nn.Linear(hidden, 2)
         self.temperature = temperature
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The gate of each token: ``(..., E)`` to ``(...)``."""
-        logits = self.to_logits(torch.tanh(self.hidden(x)))  # (..., 2): drop, keep
+    def forward(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """The gate of each token: ``(..., E)`` to ``(...)``.
+
+        Args:
+            x: embeddings ``(..., E)``, one of each token; with ``place`` one of each word type, ``(W, E)``.
+            place: int64 ``(...)``, the row of ``x`` of each token. What depends on the word alone is then computed
+                once per type; in training each token still draws for itself.
+        """
+        logits = upcast(self.to_logits(torch.tanh(self.hidden(x))))  # (..., 2): drop, keep
+        if place is not None:
+            logits = F.embedding(place, logits)
         if self.training:
             return F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1]
         return logits.softmax(-1)[..., 1]

@@ -98,9 +98,7 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _hidden(
-    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *, forward_alone: bool = False
-) -> "_cpu.Hidden":
+def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *, forward_alone: bool = False) -> "_cpu.Hidden":
     samples = h if h.dim() == 3 else h.unsqueeze(0)  # (B, T, E)
     return _cpu.Hidden(
         h=samples.data_ptr(),
@@ -163,8 +161,14 @@ def _heads(x: Tensor, packed: bool = False) -> tuple[int, ...]:
 
 
 def interaction(
-    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool
+    attention: Tensor,
+    mask: Tensor | None,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+    workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """Of the workspace each thread takes one head's, whatever ``workspace_bytes``; so below."""
     attention = _inner_contiguous(attention)
     B, H, T, _ = attention.shape
     total = torch.empty(B, H, dtype=torch.float32)
@@ -194,6 +198,7 @@ def interaction_from_qk(
     squared: bool,
     exclude_diagonal: bool,
     need_grad: bool,
+    workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     packed = cu_seqlens is not None
     q, k = _inner_contiguous(q), _inner_contiguous(k)

@@ -15,19 +15,26 @@ from safr_fast.ops import dispatch
 
 _library = torch.library.Library("safr_fast", "FRAGMENT")
 _library.define(
-    "interaction(Tensor attention, Tensor? mask, bool squared, bool exclude_diagonal, bool need_grad, str impl)"
-    " -> (Tensor, Tensor)"
+    "interaction(Tensor attention, Tensor? mask, bool squared, bool exclude_diagonal, bool need_grad, str impl,"
+    " int? workspace_bytes=None) -> (Tensor, Tensor)"
 )
 _library.define(
     "interaction_from_qk(Tensor q, Tensor k, Tensor? mask, Tensor? cu_seqlens, float scale, bool is_causal,"
-    " bool squared, bool exclude_diagonal, bool need_grad, str impl) -> (Tensor, Tensor, Tensor)"
+    " bool squared, bool exclude_diagonal, bool need_grad, str impl, int? workspace_bytes=None)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _from_attention(
-    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool, impl: str
+    attention: Tensor,
+    mask: Tensor | None,
+    squared: bool,
+    exclude_diagonal: bool,
+    need_grad: bool,
+    impl: str,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.module(impl).interaction(attention, mask, squared, exclude_diagonal, need_grad)
+    return dispatch.module(impl).interaction(attention, mask, squared, exclude_diagonal, need_grad, workspace_bytes)
 
 
 def _from_qk(
@@ -41,9 +48,10 @@ def _from_qk(
     exclude_diagonal: bool,
     need_grad: bool,
     impl: str,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return dispatch.module(impl).interaction_from_qk(
-        q, k, mask, cu_seqlens, scale, is_causal, squared, exclude_diagonal, need_grad
+        q, k, mask, cu_seqlens, scale, is_causal, squared, exclude_diagonal, need_grad, workspace_bytes
     )
 
 
@@ -54,7 +62,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("safr_fast::interaction")
 def _(
-    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool, impl: str
+    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
     total = attention.new_empty(attention.shape[:2], dtype=torch.float32)
     return total, attention.new_empty(attention.shape if need_grad else 0)
@@ -74,16 +82,24 @@ def _(
 class Interaction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, impl: str
+        ctx: Any,
+        attention: Tensor,
+        mask: Tensor | None,
+        squared: bool,
+        exclude_diagonal: bool,
+        impl: str,
+        workspace_bytes: int | None,
     ) -> Tensor:
-        total, gradient = torch.ops.safr_fast.interaction(attention, mask, squared, exclude_diagonal, True, impl)
+        total, gradient = torch.ops.safr_fast.interaction(
+            attention, mask, squared, exclude_diagonal, True, impl, workspace_bytes
+        )
         ctx.save_for_backward(attention, gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         attention, gradient = ctx.saved_tensors
-        return ScaledGradient.apply(gradient, grad_total[:, :, None, None], attention), None, None, None, None
+        return ScaledGradient.apply(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
 
 
 class InteractionFromQK(torch.autograd.Function):
@@ -91,8 +107,10 @@ class InteractionFromQK(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *options: Any
     ) -> Tensor:
-        *formula, impl = options
-        total, grad_q, grad_k = torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *formula, True, impl)
+        *formula, impl, workspace_bytes = options
+        total, grad_q, grad_k = torch.ops.safr_fast.interaction_from_qk(
+            q, k, mask, cu_seqlens, *formula, True, impl, workspace_bytes
+        )
         ctx.save_for_backward(q, k, cu_seqlens, grad_q, grad_k)
         return total
 
@@ -107,7 +125,7 @@ class InteractionFromQK(torch.autograd.Function):
             factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
         scaled_q = ScaledGradient.apply(grad_q, factor, q) if ctx.needs_input_grad[0] else None
         scaled_k = ScaledGradient.apply(grad_k, factor, k) if ctx.needs_input_grad[1] else None
-        return scaled_q, scaled_k, *(None,) * 7
+        return scaled_q, scaled_k, *(None,) * 8
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -129,15 +147,21 @@ class ScaledGradient(torch.autograd.Function):
 
 
 def interaction(
-    attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, impl: dispatch.Impl
+    attention: Tensor,
+    mask: Tensor | None,
+    squared: bool,
+    exclude_diagonal: bool,
+    impl: dispatch.Impl,
+    workspace_bytes: int | None,
 ) -> Tensor:
     """``(B, H)`` pair sums of a checked ``attention`` ``(B, H, T, T)``."""
     chosen = dispatch.resolve(impl, attention.device.type, attention.dtype)
     if chosen == "reference":
         return reference.interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
     if torch.is_grad_enabled() and attention.requires_grad:
-        return Interaction.apply(attention, mask, squared, exclude_diagonal, chosen)
-    return torch.ops.safr_fast.interaction(attention, mask, squared, exclude_diagonal, False, chosen)[0]
+        return Interaction.apply(attention, mask, squared, exclude_diagonal, chosen, workspace_bytes)
+    options = (squared, exclude_diagonal, False, chosen, workspace_bytes)
+    return torch.ops.safr_fast.interaction(attention, mask, *options)[0]
 
 
 def interaction_from_qk(
@@ -150,6 +174,7 @@ def interaction_from_qk(
     squared: bool,
     exclude_diagonal: bool,
     impl: dispatch.Impl,
+    workspace_bytes: int | None,
 ) -> Tensor:
     """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
     chosen = dispatch.resolve(impl, q.device.type, q.dtype)
@@ -167,5 +192,5 @@ def interaction_from_qk(
         )
     formula = (scale, is_causal, squared, exclude_diagonal)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, chosen)
-    return torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *formula, False, chosen)[0]
+        return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, chosen, workspace_bytes)
+    return torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *formula, False, chosen, workspace_bytes)[0]

@@ -1,6 +1,6 @@
 """Training the paper's classifier: ``train(TrainConfig(dataset="sst2", data_dir="…"))``.
 
-A run leaves a folder with its configuration, vocabulary, metrics (JSON lines) and the best epoch's weights
+A run leaves a folder with its configuration, vocabulary, metrics (JSON lines) and the tested epoch's weights
 (safetensors), from which :func:`load_run` builds the model again.
 """
 

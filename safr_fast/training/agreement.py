@@ -5,28 +5,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from safr_fast.data.batches import Batch
 from safr_fast.data.corpus import Truth
-from safr_fast.nn import ClassifierOutput
+from safr_fast.training.protocol import TextOutput
 
 
 class Agreement:
-    """Collects, over batches in evaluation mode, gates by planted role and attention on planted pairs."""
+    """Collects, over texts in evaluation mode, gates by planted role and attention on planted pairs."""
 
     def __init__(self, truth: Sequence[Truth]) -> None:
         self.truth = truth
         self._gates: dict[str, list[float]] = {}
         self._shares: list[float] = []
 
-    def add(self, batch: Batch, output: ClassifierOutput) -> None:
-        lengths = batch.mask.sum(dim=1).tolist()
-        attention = _mean_attention(output.qk, batch.mask)
-        for b, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
-            truth = self.truth[row]
-            if output.gate is not None:
-                for role, gate in zip(truth.roles, output.gate[b, :length].tolist(), strict=False):
-                    self._gates.setdefault(role, []).append(gate)
-            self._shares += [attention[b, j, i].item() * length for i, j in truth.pairs if max(i, j) < length]
+    def add(self, row: int, text: TextOutput) -> None:
+        """``row``: which text of the split it is."""
+        truth = self.truth[row]
+        if text.gate is not None:
+            for role, gate in zip(truth.roles, text.gate.tolist(), strict=False):
+                self._gates.setdefault(role, []).append(gate)
+        attention = _mean_attention(text.q, text.k)
+        length = len(attention)
+        self._shares += [attention[j, i].item() * length for i, j in truth.pairs if max(i, j) < length]
 
     def summary(self) -> dict[str, float]:
         """Mean gate by role; how often a planted word's gate is above a filler's; attention on planted pairs."""
@@ -47,8 +46,7 @@ def above(a: Tensor, b: Tensor) -> float:
     return (below.double().mean() / (2 * len(b))).item()
 
 
-def _mean_attention(qk: Sequence[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
-    """(B, T, T): the last layer's weights over real keys, mean over heads."""
-    q, k = qk[-1]
-    scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, T, T)
-    return scores.masked_fill(~mask[:, None, None, :], float("-inf")).softmax(-1).mean(dim=1)
+def _mean_attention(q: Tensor, k: Tensor) -> Tensor:
+    """(T, T): mean over heads of the weights of one text's queries and keys (H, T, D)."""
+    scores = q @ k.mT / q.shape[-1] ** 0.5  # (H, T, T)
+    return scores.softmax(-1).mean(dim=0)

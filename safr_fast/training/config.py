@@ -10,6 +10,7 @@ from safr_fast.data.sources import Dataset
 from safr_fast.training.errors import OptionError
 
 Variant = Literal["released", "paper"]
+ProtocolName = Literal["masked", "released"]
 
 # What a run takes where it is told nothing else. The weights belong to the variant "released": the paper's for real
 # reviews; for generated ones, which are shorter, such that the gate closes on filler and stays open on planted words.
@@ -20,6 +21,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "sst2": {"epochs": 100, "max_len": 0, "lambda_importance": 1.0, "lambda_interaction": 0.1},
     "imdb": {"epochs": 100, "max_len": 256, "lambda_importance": 0.01, "lambda_interaction": 0.01},
 }
+# The fixed length of the released protocol: the released code's for real reviews; of generated ones three in a thousand
+# are longer.
+_RELEASED_LENGTH = {"synthetic": 64, "sst2": 128, "imdb": 256}
+# About as many reviews of IMDB as the released batch of 32 has.
+_FULL_LENGTH: dict[str, Any] = {"max_len": 0, "batch_tokens": 8192}
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. The protocol is the one called masked: padding takes part in nothing, the best epoch is tested."""
+    """One run."""
 
     dataset: Dataset = "synthetic"
     """synthetic: generated reviews with a known truth, nothing needed. sst2, imdb: from --data-dir or the hub."""
+    protocol: ProtocolName = "masked"
+    """masked: padding takes part in nothing, the best epoch is tested. released: as the authors' code, to be compared
+    with it: every text is padded to max-len, pads count in pooling and both losses, the last epoch is tested."""
     data_dir: Path | None = None
     """Folder with the data set's files; without it the Hugging Face hub is asked."""
     all_rows: bool = False
@@ -63,7 +72,11 @@ class TrainConfig:
     data_seed: int = 0
     """Of the generated reviews, and of IMDB's development split."""
     max_len: int | None = None
-    """Tokens kept of each text; 0: all. By default 256 for imdb and all for the others."""
+    """Tokens kept of each text; 0: all. By default 256 for imdb and all for the others; where the protocol is released,
+    which pads every text to it, 128 for sst2 and 64 for synthetic."""
+    full_length: bool = False
+    """Cut no text, and make batches by tokens: the same as --max-len 0 --batch-tokens 8192. Not with the
+    protocol released, which has a fixed length."""
     lambda_importance: float | None = None
     """Weight of the importance term; 0 turns it off. By default 1 for sst2, 0.01 for imdb, 0.1 for synthetic."""
     lambda_interaction: float | None = None
@@ -76,6 +89,11 @@ class TrainConfig:
     """Of Adam."""
     batch_size: int = 32
     """Texts in a batch; texts of similar length go together."""
+    batch_tokens: int | None = None
+    """Instead of --batch-size: tokens in a batch, at most, of pads too where they count. Each text of an epoch
+    then weighs the same."""
+    accumulate: int = 1
+    """Batches that each process adds up for one step, as if they were one."""
     epochs: int | None = None
     """At most; by default 100, for synthetic 15."""
     patience: int = 3
@@ -86,18 +104,46 @@ class TrainConfig:
     """auto: the GPU if there is one."""
     threads: int | None = None
     """CPU threads; PyTorch's own choice by default."""
+    bf16: bool = False
+    """Matrix products and both terms in bfloat16, by autocast; weights stay in float32."""
+    compile: bool = False
+    """Training steps through torch.compile."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints, at which --resume goes on; the end of an epoch is one too."""
     log_every: int = 50
     """Steps between two records in metrics.jsonl."""
+    log_gradients: bool = False
+    """Record with them the norm of each term's gradient, at the cost of a backward pass for each: of the means over the
+    last batch that the first process takes in that step. Not with --compile."""
     out: Path | None = None
     """Run folder; runs/<dataset>-<time> by default."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
         self.model.check()
-        for name in ("batch_size", "epochs", "patience", "log_every", "threads"):
+        for name in (
+            "batch_size",
+            "batch_tokens",
+            "accumulate",
+            "epochs",
+            "patience",
+            "log_every",
+            "threads",
+            "checkpoint_every",
+        ):
             _at_least(self, name, 1)
         for name in ("seed", "data_seed", "max_len"):
             _at_least(self, name, 0)
+        if self.full_length and self.max_len:
+            raise OptionError(f"full_length cuts no text, but max_len is {self.max_len}: give one of the two")
+        if self.protocol == "released" and (self.full_length or self.max_len == 0):
+            given = "full_length" if self.full_length else "max_len 0"
+            raise OptionError(
+                f"{given} cuts no text, but the protocol released pads every text to one length: "
+                "give max_len of at least 1, or the protocol masked"
+            )
+        if self.log_gradients and self.compile:
+            raise OptionError("log_gradients goes back several times, as a compiled step cannot: give one of the two")
         for name in ("lambda_importance", "lambda_interaction"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -107,7 +153,10 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """The same with the data set's own values for what was left open."""
-        own = {name: _OWN[self.dataset][name] for name in _OWN[self.dataset] if getattr(self, name) is None}
+        values = _OWN[self.dataset] | (_FULL_LENGTH if self.full_length else {})
+        if self.protocol == "released":
+            values["max_len"] = _RELEASED_LENGTH[self.dataset]
+        own = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **own)
 
     def to_json(self) -> dict[str, Any]:

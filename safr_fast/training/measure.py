@@ -1,31 +1,40 @@
 """What is measured: in training on every batch, in evaluation on a whole split."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safr_fast.data.batches import Batch, EncodedSplit, by_length
+from safr_fast.integrations.distributed import ALONE, Processes
 from safr_fast.loss import LossParts, SAFRLoss
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig, Variant
 from safr_fast.training.errors import RunError
+from safr_fast.training.protocol import PROTOCOLS, Protocol
 
-_EVALUATION_BATCH = 64
+_EVALUATION_TOKENS = 8192
+
+Sum = tuple[float, int]
+"""A weighted sum, and the sum of the weights."""
 
 
 class Means:
     """Means of named values over batches, summed where the values are, so that a GPU is not waited for.
 
-    ``variant``: of the regularisers; it says what their values are means over.
+    Args:
+        variant: of the regularisers; it says what their values are means over.
+        protocol: it says which tokens are words.
+        begun: what :meth:`collected` gave, to go on from.
     """
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, protocol: Protocol, begun: Mapping[str, Sum] | None = None) -> None:
         self._importance_is_per_token = variant == "released"
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor | int] = {}
+        self._protocol = protocol
+        self._sums: dict[str, Tensor | float] = {name: total for name, (total, _) in (begun or {}).items()}
+        self._weights: dict[str, Tensor | int] = {name: weight for name, (_, weight) in (begun or {}).items()}
 
     def add(self, values: Mapping[str, Tensor | None], weight: Tensor | int) -> None:
         """``weight``: what each value is a mean over, for example samples. None: not measured."""
@@ -35,24 +44,64 @@ class Means:
                 self._weights[name] = self._weights.get(name, 0) + weight
 
     def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
-        """The terms, the accuracy, and the mean gate over real tokens."""
-        tokens = batch.mask.sum()
+        """The terms, the accuracy, and the mean gate over words."""
         accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
         self.add({"accuracy": accuracy}, len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
-            self.add({name: value}, tokens if per_token else len(batch.rows))
+            self.add({name: value}, len(batch.ids) if per_token else len(batch.rows))
         if output.gate is not None:
-            self.add({"gate": output.gate.where(batch.mask, 0).sum() / tokens.clamp(min=1)}, tokens)
+            mean, words = self._protocol.mean_gate(output.gate, batch)
+            self.add({"gate": mean}, words)
 
-    def read(self) -> dict[str, float]:
-        return {name: float(total) / max(float(self._weights[name]), 1.0) for name, total in self._sums.items()}
+    def collected(self, team: Processes = ALONE) -> dict[str, Sum]:
+        """Sums and their weights over all processes."""
+        own = {name: (float(total), int(self._weights[name])) for name, total in self._sums.items()}
+        everyone = team.gather(own)
+        names = dict.fromkeys(name for sums in everyone for name in sums)
+        return {name: _added(sums[name] for sums in everyone if name in sums) for name in names}
+
+    def read(self, team: Processes = ALONE) -> dict[str, float]:
+        return {name: total / max(weight, 1) for name, (total, weight) in self.collected(team).items()}
 
 
-def forward(model: TransformerClassifier, loss: SAFRLoss, batch: Batch) -> tuple[ClassifierOutput, LossParts]:
-    output: ClassifierOutput = model(batch.ids, batch.mask)
-    parts = loss(output.logits, batch.labels, hidden=output.hidden, qk=output.qk, mask=batch.mask, return_parts=True)
-    return output, parts
+def _added(sums: Iterable[Sum]) -> Sum:
+    totals, weights = zip(*sums, strict=True)
+    return sum(totals), sum(weights)
+
+
+def build_loss(config: TrainConfig, lambda_importance: float, lambda_interaction: float) -> SAFRLoss:
+    """A run's loss under these weights. The scale is the model's own, whatever a protocol adds to queries and keys."""
+    scale = 1 / math.sqrt(config.model.dim // config.model.heads)
+    return SAFRLoss(lambda_importance, lambda_interaction, variant=config.variant, scale=scale, impl=config.impl)
+
+
+def forward(
+    model: nn.Module, loss: SAFRLoss, batch: Batch, protocol: Protocol, bf16: bool = False
+) -> tuple[ClassifierOutput, LossParts]:
+    """``model``: a classifier, compiled or spread over processes or not; its output and the loss of a batch."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
+        output = protocol.forward(model, batch)
+        terms = protocol.regularised(output, batch)
+        return output, loss(output.logits, batch.labels, **terms, return_parts=True)
+
+
+def gradient_norms(loss: SAFRLoss, parts: LossParts, model: nn.Module) -> dict[str, float]:
+    """Norm of the gradient of each term, over all parameters; regularisers before and after their weights.
+
+    The graph is kept: the step's own backward pass comes after.
+    """
+    parameters = list(model.parameters())
+    norms = {}
+    terms = (("cross_entropy", parts.task, None), ("importance", parts.importance, loss.lambda_importance))
+    for name, term, weight in (*terms, ("interaction", parts.interaction, loss.lambda_interaction)):
+        if term is not None:
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item()
+            norms[f"gradient_{name}"] = norm
+            if weight is not None:
+                norms[f"gradient_{name}_weighted"] = weight * norm
+    return norms
 
 
 def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]:
@@ -69,22 +118,31 @@ def training_terms(loss: SAFRLoss, parts: LossParts) -> dict[str, Tensor | None]
 
 
 def evaluate(
-    model: TransformerClassifier, split: EncodedSplit, config: TrainConfig, agreement: Agreement | None = None
+    model: TransformerClassifier,
+    split: EncodedSplit,
+    config: TrainConfig,
+    team: Processes = ALONE,
+    agreement: Agreement | None = None,
 ) -> dict[str, float]:
-    """Accuracy, mean gate, cross-entropy and both regularisers, whatever their weights, in evaluation mode."""
-    loss = SAFRLoss(1.0, 1.0, variant=config.variant, impl=config.impl)
+    """Accuracy, mean gate, cross-entropy and both regularisers, whatever their weights, in evaluation mode.
+
+    The batches are shared out among the processes of ``team``; ``agreement`` gets to see this process's share.
+    """
+    loss = build_loss(config, 1.0, 1.0)
+    protocol = PROTOCOLS[config.protocol]
     device = model.classify.weight.device
-    means = Means(config.variant)
+    means = Means(config.variant, protocol)
     model.eval()
     with torch.inference_mode():
-        for rows in by_length(split.lengths, _EVALUATION_BATCH):
+        for rows in by_length(split.lengths, _EVALUATION_TOKENS)[team.rank :: team.count]:
             batch = split.batch(rows).to(device)
-            output, parts = forward(model, loss, batch)
+            output, parts = forward(model, loss, batch, protocol, config.bf16)
             terms = {"cross_entropy": parts.task, "importance": parts.importance, "interaction": parts.interaction}
             means.add_batch(batch, output, terms)
             if agreement is not None:
-                agreement.add(batch, output)
-    return means.read()
+                for row, text in zip(rows, protocol.texts(output, batch), strict=True):
+                    agreement.add(row, text)
+    return means.read(team)
 
 
 def check_finite(measured: Mapping[str, float], where: str) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.nn import SAFRClassifier, TransformerClassifier
 from safr_fast.training.config import ModelConfig, TrainConfig
+from safr_fast.training.protocol import PROTOCOLS
 from safr_fast.training.run import RunFolder
 
 
-def build_model(vocabulary: int, config: ModelConfig) -> TransformerClassifier:
+def build_model(vocabulary: int, config: ModelConfig, *, pads_count: bool = False) -> TransformerClassifier:
     """The classifier of a configuration, for a vocabulary of that many word types."""
-    sizes = dataclasses.asdict(config)
+    sizes = dataclasses.asdict(config) | {"pads_count": pads_count}
     gate, mask_hidden = sizes.pop("gate"), sizes.pop("mask_hidden")
     if gate:
         return SAFRClassifier(vocabulary, mask_hidden=mask_hidden, **sizes)
@@ -19,11 +20,11 @@ def build_model(vocabulary: int, config: ModelConfig) -> TransformerClassifier:
 
 
 def load_run(path: str | Path) -> tuple[TransformerClassifier, Vocabulary, TrainConfig]:
-    """The best epoch's model of a run, in evaluation mode on the CPU, with its vocabulary and configuration."""
+    """The tested epoch's model of a run, in evaluation mode on the CPU, with its vocabulary and configuration."""
     folder = RunFolder(Path(path))
     config = folder.stored_config()
     weights = folder.load_model()
     vocabulary = folder.load_vocabulary()
-    model = build_model(len(vocabulary), config.model)
+    model = build_model(len(vocabulary), config.model, pads_count=PROTOCOLS[config.protocol].pads_count)
     model.load_state_dict(weights)
     return model.eval(), vocabulary, config

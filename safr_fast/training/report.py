@@ -21,14 +21,31 @@ def epoch(record: Mapping[str, Any], seconds_left: float | None) -> str:
     return " | ".join(parts)
 
 
+def progress(epoch: int, done: int, tokens: int, speed: float) -> str:
+    """Within an epoch. ``speed``: tokens per second."""
+    left = duration((tokens - done) / speed)
+    return f"epoch {epoch:3d} | {done / tokens:4.0%} of {tokens:,} tokens | {speed:,.0f} tokens/s | {left} left of it"
+
+
+def peak_memory(peaks: Mapping[str, int]) -> str:
+    """Bytes of the process and of each device."""
+    return "peak memory: " + ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in peaks.items())
+
+
 def result(
-    best_epoch: int, epochs: int, dev: Mapping[str, float], test: Mapping[str, float], agreement: Mapping[str, float]
+    best_epoch: int,
+    epochs: int,
+    last: bool,
+    dev: Mapping[str, float],
+    test: Mapping[str, float],
+    agreement: Mapping[str, float],
 ) -> str:
-    """The end of a run, with the agreement with the planted truth where there is one."""
-    lines = [
-        f"best epoch {best_epoch} of {epochs}, restored: dev accuracy {dev['accuracy']:.4f}, "
-        f"test accuracy {test['accuracy']:.4f}"
-    ]
+    """The end of a run, with the agreement with the planted truth where there is one.
+
+    ``last``: the protocol tests the last epoch, not the best.
+    """
+    tested = f"last epoch {epochs}, best was {best_epoch}" if last else f"best epoch {best_epoch} of {epochs}, restored"
+    lines = [f"{tested}: dev accuracy {dev['accuracy']:.4f}, test accuracy {test['accuracy']:.4f}"]
     gates = [(name.removeprefix("gate_"), value) for name, value in agreement.items() if name.startswith("gate_")]
     roles = [f"{role} {value:.3f}" for role, value in gates if role != "auc"]
     if roles:

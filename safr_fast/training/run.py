@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,35 @@ from torch import Tensor
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
+from safr_fast.training.measure import Sum
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: whole epochs."""
+    """How far a run has come."""
 
     epoch: int = 0
+    """Whole epochs."""
     step: int = 0
+    """Steps in all."""
     best_epoch: int = 0
     best_accuracy: float = -1.0
     seconds: float = 0.0
+    """Of the whole epochs."""
+    processes: int = 1
+    begun: "Epoch" = field(default_factory=lambda: Epoch())
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is done of the epoch after the whole ones."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    whole: dict[str, Sum] = field(default_factory=dict)
+    """Measured in it so far."""
+    recent: dict[str, Sum] = field(default_factory=dict)
+    """Measured since the last record."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +68,12 @@ class RunFolder:
 
     @property
     def model_file(self) -> Path:
-        """The best epoch's weights."""
+        """The tested epoch's weights."""
         return self.path / "model.safetensors"
 
     @property
     def state_file(self) -> Path:
-        """What is needed to go on after the last whole epoch; removed at the end."""
+        """What is needed to go on after the last checkpoint; removed at the end."""
         return self.path / "state.safetensors"
 
     @property
@@ -71,8 +89,19 @@ class RunFolder:
     def open(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
         """Make the folder, with configuration and vocabulary."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._clear()
         write_json(self.config_file, config.to_json())
         write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
+
+    def close(self) -> None:
+        """Leave nothing of a finished run that only an unfinished one needs."""
+        self.state_file.unlink(missing_ok=True)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what a kill left half written."""
+        for file in filter(_is_temporary, self.path.iterdir()):
+            file.unlink()
 
     def stored_config(self) -> TrainConfig:
         if not self.config_file.exists():
@@ -94,17 +123,19 @@ class RunFolder:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def drop_metrics_after(self, epoch: int) -> None:
-        """Forget what an unfinished epoch or an unfinished end wrote, a last half line too."""
+    def drop_metrics_after(self, progress: Progress) -> None:
+        """Forget what was written after a checkpoint, a last half line too."""
         if not self.metrics_file.exists():
             return
+        reached = {"step": progress.step, "epoch": progress.epoch}
         kept = []
         for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record["epoch"] <= epoch and record["event"] != "end":
+            event = record["event"]
+            if event in reached and record[event] <= reached[event]:
                 kept.append(line + "\n")
         write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept), encoding="utf-8"))
 
@@ -127,7 +158,8 @@ class RunFolder:
         remedy = "remove it to begin again at the first epoch"
         with _undamaged(self.state_file, remedy), safe_open(self.state_file, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, Progress(**json.loads(file.metadata()["progress"]))
+            values = json.loads(file.metadata()["progress"])
+            return tensors, Progress(**values | {"begun": Epoch(**values["begun"])})
 
 
 def place(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder]:
@@ -137,7 +169,7 @@ def place(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder]:
     if resume:
         return _resumed(config)
     path = config.out or default_folder(config.dataset)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and not all(map(_is_temporary, path.iterdir())):
         raise RunError(f"{path} exists: go on with it by --resume, or give another folder by --out")
     return dataclasses.replace(config.resolved(), out=path), RunFolder(path)
 
@@ -183,11 +215,18 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """The file is either the old one or the new one, whenever the process is killed."""
+    """The file is either the old one or the new one, whenever the process is killed or the machine fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()  # safetensors would make it readable by its owner alone
         write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_temporary(file: Path) -> bool:
+    """Half written, by this module or by safetensors, which writes ``.tmp…`` beside a file and renames it."""
+    return file.name.startswith(".") and ".tmp" in file.name

@@ -1,0 +1,157 @@
+"""What the targets' shapes must cost on an H100, from operations, bytes and launches; nothing here was measured.
+
+``python -m safr_fast.kernels.roofline`` writes ROOFLINE.md beside this file.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parent / "ROOFLINE.md"
+# An H100 SXM as matrix products, copies and exponentials reach it, rather than as its data sheet has it.
+FLOPS = 798e12  # bfloat16, a second
+MEMORY = 3.0e12  # bytes a second
+CACHE = 5.5e12  # bytes a second, from L2
+EXPONENTIALS = 132 * 16 * 1.7e9  # a second
+LAUNCH = 2.5e-6  # seconds from one kernel to the next, without a CUDA graph
+REACHED = 0.7  # of FLOPS, by kernels whose tiles meet in registers only once
+CACHED_BYTES, WORKSPACE_BYTES, FILLING_HEADS = 32 << 20, 256 << 20, 8  # as in interaction_launch
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel does in all its launches: products, bytes of memory and of L2, exponentials."""
+
+    flops: float = 0
+    memory: float = 0
+    cache: float = 0
+    exponentials: float = 0
+    launches: float = 1
+
+    def limits(self) -> dict[str, float]:
+        """Seconds that each resource asks for."""
+        return {
+            "products": self.flops / FLOPS / REACHED,
+            "memory": self.memory / MEMORY,
+            "L2": self.cache / CACHE,
+            "exponentials": self.exponentials / EXPONENTIALS,
+            "launches": self.launches * LAUNCH,
+        }
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    floor: float  # operations that the algorithm cannot do without
+    kernels: list[Work]
+    aim: str
+
+    def row(self) -> str:
+        total = dict.fromkeys(("products", "memory", "L2", "exponentials", "launches"), 0.0)
+        expected = 0.0
+        for work in self.kernels:
+            limits = work.limits()
+            wait = limits.pop("launches")
+            limiter = max(limits, key=limits.__getitem__)
+            expected += limits[limiter] + wait
+            total[limiter] += limits[limiter]
+            total["launches"] += wait
+        launches = sum(work.launches for work in self.kernels)
+        floor, limiter = self.floor / FLOPS, max(total, key=total.__getitem__)
+        share = total[limiter] / expected
+        return (
+            f"| {self.name} | {_time(floor)} | {_time(expected)} | {limiter}, {share:.0%} | {launches:.0f} "
+            f"| {self.aim} | |"
+        )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
+
+
+def importance(B: int, T: int, E: int, aim: str) -> Shape:
+    """Forward and backward in bfloat16. Each kernel reads h once from memory, or from L2 where all of it fits there."""
+    rows = 2 * B * T * E  # bytes
+    place = "cache" if rows < CACHED_BYTES else "memory"
+    rest = [Work(memory=8 * B * T, launches=1 if B * T <= 16_384 else 2), Work(memory=16 * B * T)]
+    if T < 2 * E or T <= 512:
+        gram = 2 * B * T * T * E
+        forward = Work(gram, memory=rows)
+        backward = Work(2 * gram, **{place: rows}, launches=1)
+        return Shape(f"importance loss, B={B}, T={T}, E={E}", 2 * gram, [forward, backward, *rest], aim)
+    side = E // 64
+    half = B * T * E * E * (1 + 1 / side)  # of S or S_α, tiles on the diagonal whole
+    form = 4 * B * T * E * E  # S in two halves against h; S and S_α against h
+    moments = 4 * B * E * E
+    kernels = [
+        Work(half, memory=rows + moments, launches=3),  # with the sum of shares and the norm
+        Work(form, **{place: rows}),
+        Work(memory=8 * B * T),  # the repair that finds nothing to do
+        Work(half, **{place: rows}, launches=3),
+        Work(form, **{place: 2 * rows}),
+        Work(memory=8 * B * T),
+        *rest,
+    ]
+    return Shape(f"importance loss, B={B}, T={T}, E={E}", 2 * half + 2 * form, kernels, aim)
+
+
+def interaction(heads: int, T: int, D: int, aim: str) -> Shape:
+    """Loss and gradients of q and k in bfloat16: A, M and φ(G) of a chunk of heads are all that is written between."""
+    inputs, gradients = 4 * heads * T * D, 8 * heads * T * D
+    square = heads * T * T
+    floor = 3 * heads * T**3
+    name = f"interaction, {heads} heads, T={T}, D={D}"
+    if T <= 64:
+        return Shape(name, floor, [Work(4 * heads * T**3, memory=inputs + gradients, exponentials=square)], aim)
+    head_bytes = 6 * T * T
+    chunk = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes)) // head_bytes
+    chunks = -(-heads // max(chunk, 1))
+    place = "cache" if chunk * head_bytes <= CACHED_BYTES else "memory"
+    tiles = T / 64
+    kernels = [
+        Work(4 * square * D, exponentials=2 * square, **{place: 2 * square}, launches=chunks),
+        Work(heads * T**3 * (1 + 1 / tiles), **{place: 6 * square}, launches=2 * chunks),  # with the sum of tiles
+        Work(2 * heads * T**3, **{place: 8 * square}, launches=chunks),
+        Work(2 * square * D, **{place: 2 * square}, launches=chunks),
+        Work(2 * square * D, **{place: 2 * square}, launches=chunks),
+        Work(memory=inputs + 2 * gradients, launches=2),  # gradients begin as zeros
+    ]
+    return Shape(name, floor, kernels, aim)
+
+
+SHAPES = [
+    importance(32, 128, 256, "≤ 6 launches"),
+    importance(32, 512, 256, "≤ 6 launches"),
+    importance(32, 2048, 256, "≤ 1.6 × floor"),
+    importance(32, 8192, 256, "≤ 1.6 × floor"),
+    interaction(256, 64, 64, "one launch"),
+    interaction(256, 256, 64, "≤ 130 µs"),
+    interaction(256, 512, 64, "≤ 430 µs"),
+    interaction(256, 2048, 64, "≤ 1.8 × floor"),
+    interaction(256, 8192, 64, "≤ 1.8 × floor"),
+]
+
+
+def page() -> str:
+    return "\n".join(
+        [
+            "# What the kernels should take on an H100",
+            "",
+            "Derived, not measured: no GPU was at hand, and the last column is empty until one is. Written by",
+            "`python -m safr_fast.kernels.roofline`, whose source is the arithmetic; `benchmarks/gpu_session.py`",
+            "measures these shapes. Forward and backward, bfloat16.",
+            "",
+            f"*floor*: operations of the algorithm at {FLOPS / 1e12:.0f} TFLOP/s. *expected*: for each kernel the most",
+            f"of products at {REACHED:.0%} of that, memory at {MEMORY / 1e12:.1f} TB/s, L2 at {CACHE / 1e12:.1f} TB/s",
+            f"and exponentials at {EXPONENTIALS / 1e12:.1f} T/s, and {LAUNCH * 1e6:.1f} µs a launch; summed.",
+            "*limiter*: what the largest share of that goes to. Under a CUDA graph a launch costs about half.",
+            "",
+            "| | floor | expected | limiter | launches | aim | measured |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(shape.row() for shape in SHAPES),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,185 @@
+"""A run evaluated: every ranker of its model, measured by deletion on the test split."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from safr_fast.data.corpus import Split
+from safr_fast.evaluation import deletion
+from safr_fast.evaluation.config import EvaluationConfig
+from safr_fast.evaluation.normalised import aopc, limits, normalised
+from safr_fast.evaluation.predictor import Predictor
+from safr_fast.evaluation.rankers import Scores, score
+from safr_fast.evaluation.statistics import bootstrap, paired_test
+from safr_fast.training import load_run
+from safr_fast.training.errors import OptionError
+from safr_fast.training.loop import load_corpus
+from safr_fast.training.run import write_json
+from safr_fast.training.settings import choose_device
+
+FILE = "evaluation.json"
+RANDOM = "random"
+REFERENCE = "capacity:ffn1_pre"
+"""The ranker that the others are tested against: the place whose capacity reproduces the paper's SRS."""
+IMPORTANT = 30
+"""Per cent of a text's words, by VMASK's probability, that Table 3 calls important."""
+_SHORT = 24
+
+Item = TypeVar("Item")
+
+
+def evaluate_run(
+    run: Path,
+    config: EvaluationConfig | None = None,
+    *,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    file: str = FILE,
+) -> dict[str, Any]:
+    """Evaluate a run on its test split, and write the result into its folder.
+
+    Raises:
+        RunError: no such run, or one without a finished epoch.
+        DataUnavailable: the run's data set is not where it was; give ``data_dir``.
+        ModuleNotFoundError: gradients are asked for and captum is not installed.
+    """
+    config = config or EvaluationConfig()
+    model, vocabulary, trained = load_run(run)
+    model = model.to(choose_device(device))
+    if data_dir is not None:
+        trained = dataclasses.replace(trained, data_dir=data_dir)
+    split = _drawn(load_corpus(trained).test, config)
+    predictor = Predictor(model, vocabulary, trained)
+    scores = score(model, predictor.encode(split.texts), gradients=config.gradients, progress=_bar("scores"))
+    result = {
+        "config": config.to_json(),
+        "run": {name: value for name, value in trained.to_json().items() if name not in ("data_dir", "out")},
+        **evaluate_scores(predictor, split, scores, config),
+    }
+    write_json(Path(run) / file, result)
+    return result
+
+
+def evaluate_scores(
+    predict: deletion.Predict, split: Split, scores: Scores, config: EvaluationConfig
+) -> dict[str, Any]:
+    """Accuracy, average capacities, and by ranker and k every measure with its interval."""
+    texts = [text.split() for text in split.texts]
+    labels = torch.tensor(split.labels)
+    capacities = average_capacity(scores)
+    lengths = next(iter(scores.values()))
+    unknown = set(config.rankers) - set(scores)
+    if unknown:
+        raise OptionError(f"rankers must be among {', '.join(scores)}, got {', '.join(sorted(unknown))}")
+    scores = {name: scores[name] for name in config.rankers or scores}
+    draws = {f"{RANDOM}/{i}": deletion.random_scores(lengths, config.seed * 1_000 + i) for i in range(config.draws)}
+    measured = deletion.measure(
+        predict, texts, labels, scores | draws, config.k, sufficiency=config.sufficiency, progress=_bar("deletion")
+    )
+    control = [measured.pop(name) for name in draws]
+    measured[RANDOM] = {k: _mean_of_draws([draw[k] for draw in control]) for k in config.k}
+    whole = predict(texts).argmax(1).cpu()
+    return {
+        "texts": len(texts),
+        "one_word_texts": sum(len(words) == 1 for words in texts),
+        **_with_interval({"accuracy": (whole == labels).double()}, config.seed),
+        "predicted_positive": whole.double().mean().item(),
+        "capacity": capacities,
+        "reference": REFERENCE if REFERENCE in measured else RANDOM,
+        "rankers": {name: _of_ranker(by_k, measured, config) for name, by_k in measured.items()},
+        "normalised_aopc": _normalised(predict, texts, scores | draws, config),
+    }
+
+
+def average_capacity(scores: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, float]]:
+    """Mean capacity over all tokens, and over the important and the less important of each text, by place (Table 3)."""
+    places = {name.removeprefix("capacity:"): rows for name, rows in scores.items() if name.startswith("capacity:")}
+    averages = {place: {"all": torch.cat(list(rows)).mean().item()} for place, rows in places.items()}
+    if "vmask" in scores:
+        chosen = []
+        for gate in scores["vmask"]:
+            important = torch.zeros(len(gate), dtype=torch.bool)
+            important[deletion.order(gate)[: max(1, int(IMPORTANT * len(gate) / 100))]] = True
+            chosen.append(important)
+        important = torch.cat(chosen)
+        for place, rows in places.items():
+            values = torch.cat(list(rows))
+            averages[place] |= {
+                "important": values[important].mean().item(),
+                "less": values[~important].mean().item() if not important.all() else 0.0,
+            }
+    return averages
+
+
+def _mean_of_draws(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([draw[name] for draw in draws]).mean(0) for name in draws[0]}
+
+
+def _of_ranker(
+    by_k: Mapping[float, Mapping[str, Tensor]],
+    measured: Mapping[str, Mapping[float, Mapping[str, Tensor]]],
+    config: EvaluationConfig,
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"k": {}}
+    reference = measured.get(REFERENCE, measured[RANDOM])
+    for k, values in by_k.items():
+        shown = {name: value for name, value in values.items() if name != "predicted"}
+        shown["accuracy"] = shown.pop("correct")
+        result["k"][f"{k:g}"] = {
+            **_with_interval(shown, config.seed),
+            "predicted_positive": values["predicted"].mean().item(),
+            "p_against_reference": paired_test(values["correct"], reference[k]["correct"], seed=config.seed),
+            "p_against_random": paired_test(values["correct"], measured[RANDOM][k]["correct"], seed=config.seed),
+        }
+    for name in ("comprehensiveness", "sufficiency"):
+        if name in next(iter(by_k.values())):
+            mean = torch.stack([values[name] for values in by_k.values()]).mean(0)
+            result |= _with_interval({f"aopc_{name}": mean}, config.seed)
+    return result
+
+
+def _with_interval(values: Mapping[str, Tensor], seed: int) -> dict[str, list[float]]:
+    """By name ``[mean, low, high]`` over texts, by bootstrap."""
+    stacked = torch.stack(list(values.values()), 1)  # (N, names)
+    low, high = bootstrap(stacked, seed=seed)
+    columns = zip(stacked.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)
+    return {name: list(column) for name, column in zip(values, columns, strict=True)}
+
+
+def _normalised(
+    predict: deletion.Predict, texts: Sequence[deletion.Words], scores: Scores, config: EvaluationConfig
+) -> dict[str, Any]:
+    """By ranker the mean over a sample of short texts, with its interval; empty where none was asked for."""
+    short = [i for i, words in enumerate(texts) if 2 <= len(words) <= _SHORT]
+    rows = sorted(Random(config.seed).sample(short, min(config.normalised, len(short))))
+    if not rows:
+        return {}
+    values: dict[str, list[float]] = {name: [] for name in scores}
+    for i in tqdm(rows, "AOPC limits", leave=False, unit="text", disable=None):
+        low, high = limits(predict, texts[i], len(next(iter(scores.values()))[i]))
+        for name in scores:
+            values[name].append(normalised(aopc(predict, texts[i], scores[name][i]), low, high))
+    columns = {name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()}
+    drawn = [columns.pop(name) for name in list(columns) if name.startswith(f"{RANDOM}/")]
+    columns[RANDOM] = torch.stack(drawn).mean(0)
+    return {"texts": len(rows), "longest": _SHORT, "rankers": _with_interval(columns, config.seed)}
+
+
+def _drawn(split: Split, config: EvaluationConfig) -> Split:
+    if config.texts is None or config.texts >= len(split):
+        return split
+    rows = sorted(Random(config.seed).sample(range(len(split)), config.texts))
+    return Split([split.texts[i] for i in rows], [split.labels[i] for i in rows])
+
+
+def _bar(name: str) -> Any:
+    def bar(items: Sequence[Item]) -> Iterator[Item]:
+        yield from tqdm(items, name, leave=False, disable=None)
+
+    return bar

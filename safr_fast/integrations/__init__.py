@@ -1,0 +1,1 @@
+"""Meeting other software where it is: PyTorch's process groups."""

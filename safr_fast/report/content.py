@@ -1,0 +1,202 @@
+"""What a page shows of a run: values and figures, no markup."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from safr_fast import functional
+from safr_fast.evaluation.places import capacity, hidden_states, title
+from safr_fast.evaluation.predictor import Predictor
+from safr_fast.nn import TransformerClassifier
+from safr_fast.report import figures
+
+_GRAPH = 24
+_MATRIX = 32
+_WORDS = 20
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of a text; ``values`` by place, empty past the model's window."""
+
+    text: str
+    values: tuple[float, ...]
+    gate: float | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as the model sees it."""
+
+    words: tuple[Word, ...]
+    places: tuple[str, ...]
+    positive: float
+    gated: bool
+    largest: tuple[float, ...]
+    """Capacity by place, of the word that has most."""
+    graphs: dict[str, Figure]
+    matrices: dict[str, Figure]
+    strip: Figure
+    shown: int
+    """Words in the strip; the graph and the matrix show the most important of them."""
+
+
+def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Text:
+    """Capacities of every word at every place, with the graph and the matrix of each place."""
+    words = text.split()
+    batch = predictor.encode([text]).batch([0])
+    output, states = hidden_states(model, batch.ids, batch.mask)
+    length = int(batch.mask.sum())
+    by_place = {place: capacity(h, batch.mask)[0, :length] for place, h in states.items()}
+    gate = None if output.gate is None else output.gate[0, :length].double()
+    importance = by_place["embedding"] if gate is None else gate
+    chosen = _distinct(words, importance.argsort(descending=True, stable=True).tolist())
+    columns = torch.stack(list(by_place.values()), 1).tolist() if length else []
+    rows = tuple(
+        Word(
+            word,
+            tuple(columns[i]) if i < length else (),
+            float(gate[i]) if gate is not None and i < length else None,
+        )
+        for i, word in enumerate(words)
+    )
+    graphs, matrices = {}, {}
+    for place, h in states.items():
+        real = h[0, :length].double()
+        graphs[title(place)] = _graph(words, real, by_place[place], importance, sorted(chosen[:_GRAPH]))
+        matrices[title(place)] = _matrix(words, real, sorted(chosen[:_MATRIX]))
+    shown = min(length, 60)
+    return Text(
+        words=rows,
+        places=tuple(map(title, states)),
+        positive=float(output.logits.double().softmax(1)[0, 1]),
+        gated=gate is not None,
+        largest=tuple(max(column) for column in zip(*columns, strict=True)),
+        graphs=graphs,
+        matrices=matrices,
+        strip=figures.capacities(words[:shown], {title(p): values[:shown].numpy() for p, values in by_place.items()}),
+        shown=shown,
+    )
+
+
+def _distinct(words: Sequence[str], order: list[int]) -> list[int]:
+    """Of a word that a text repeats, the place that comes first in the order."""
+    found: dict[str, int] = {}
+    for i in order:
+        found.setdefault(words[i], i)
+    return list(found.values())
+
+
+def _graph(words: Sequence[str], h: Tensor, own: Tensor, importance: Tensor, chosen: list[int]) -> Figure:
+    part = h[chosen]
+    return figures.allocation(
+        [words[i] for i in chosen], (part @ part.T).numpy(), own[chosen].numpy(), importance[chosen].numpy()
+    )
+
+
+def _matrix(words: Sequence[str], h: Tensor, chosen: list[int]) -> Figure:
+    """Polysemanticity counts the whole text, as it is defined, not the chosen words alone."""
+    polysemanticity = functional.polysemanticity(h, impl="reference")[chosen]
+    pairs = functional.interference(h[chosen])
+    return figures.interference([words[i] for i in chosen], pairs.numpy(), polysemanticity.numpy())
+
+
+def training(run: Path) -> dict[str, Figure]:
+    """Curves of every term, by title."""
+    file = run / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    epochs = [record for record in records if record["event"] == "epoch"]
+    shown = {}
+    terms = {
+        "accuracy": "Accuracy",
+        "cross_entropy": "Cross-entropy",
+        "importance": "Importance term before its weight",
+        "interaction": "Interaction term before its weight",
+        "gate": "Mean gate of real words",
+    }
+    for name, name_in_print in terms.items():
+        both = {split: figures.series_of(epochs, split, name) for split in ("train", "dev")}
+        series = {split: values for split, values in both.items() if values}
+        if series:
+            shown[name_in_print] = figures.curves(series, name.replace("_", "-"))
+    weighted = {
+        name.removesuffix("_weighted").replace("_", "-"): figures.series_of(epochs, "train", name)
+        for name in ("cross_entropy", "importance_weighted", "interaction_weighted")
+    }
+    weighted = {name: values for name, values in weighted.items() if values and min(values) > 0}
+    if len(weighted) > 1:
+        shown["Every term as weighted in the loss"] = figures.curves(weighted, "loss", log=True)
+    norms = _gradient_norms([record for record in records if record["event"] == "step"])
+    if norms:
+        shown["Gradient norm of each weighted term"] = figures.curves(norms, "norm, mean of an epoch", log=True)
+    return shown
+
+
+def _gradient_norms(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """By term the mean of each epoch's logged steps."""
+    names = ("cross_entropy", "importance_weighted", "interaction_weighted")
+    series: dict[str, list[float]] = {}
+    for name in names:
+        by_epoch: dict[int, list[float]] = {}
+        for step in steps:
+            if f"gradient_{name}" in step["train"]:
+                by_epoch.setdefault(step["epoch"], []).append(step["train"][f"gradient_{name}"])
+        means = [sum(values) / len(values) for _, values in sorted(by_epoch.items())]
+        if means and min(means) > 0:
+            series[name.removesuffix("_weighted").replace("_", "-")] = means
+    return series
+
+
+def deletion(evaluation: Mapping[str, Any]) -> Figure:
+    """Accuracy by k: three rankers and the control, with the intervals over texts."""
+    curves = {}
+    for name, shown in {
+        "capacity:ffn1_pre": "capacity, FFN1",
+        "capacity:vmask": "capacity, VMASK",
+        "vmask": "VMASK probability",
+        "random": "random",
+    }.items():
+        if name in evaluation["rankers"]:
+            by_k = evaluation["rankers"][name]["k"]
+            points = [("0", evaluation["accuracy"]), *((k, values["accuracy"]) for k, values in by_k.items())]
+            curves[shown] = [(float(k), *(100 * value for value in interval)) for k, interval in points]
+    return figures.accuracy_by_k(curves)
+
+
+@dataclass(frozen=True)
+class VocabularyWord:
+    word: str
+    capacity: float
+    gate: float | None
+
+
+def vocabulary(model: TransformerClassifier, words: Sequence[str]) -> dict[str, list[VocabularyWord]]:
+    """Words of highest and lowest capacity, the vocabulary's gated embeddings taken for one dictionary of features.
+
+    Among all its words, those that the gate drops have none; the lowest are taken from those it rather keeps.
+    """
+    with torch.no_grad():
+        x = model.embedding.weight[2:] * model.embedding.embedding_dim**0.5  # padding and the unknown word apart
+        gate = None if model.gate is None else model.gate(x)
+        h = x if gate is None else gate.unsqueeze(-1) * x
+        values = functional.capacity(h / h.abs().max().clamp(min=torch.finfo(h.dtype).tiny))
+    kept = torch.arange(len(values)) if gate is None else (gate > 0.5).nonzero().squeeze(1)
+    if not len(kept):
+        kept = torch.arange(len(values))
+
+    def rows(positions: Tensor) -> list[VocabularyWord]:
+        return [
+            VocabularyWord(words[2 + i], float(values[i]), None if gate is None else float(gate[i]))
+            for i in positions.tolist()
+        ]
+
+    return {
+        "highest": rows(values.argsort(descending=True, stable=True)[:_WORDS]),
+        "lowest": rows(kept[values[kept].argsort(stable=True)[:_WORDS]]),
+    }

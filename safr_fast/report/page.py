@@ -1,0 +1,140 @@
+"""The page of a run: one file of HTML that needs no network."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from safr_fast.data.corpus import Split
+from safr_fast.evaluation.places import title
+from safr_fast.evaluation.predictor import Predictor
+from safr_fast.evaluation.run import FILE as EVALUATION
+from safr_fast.evaluation.table import ranker_title
+from safr_fast.nn import TransformerClassifier
+from safr_fast.report import content, figures
+from safr_fast.training import TrainConfig, load_run
+from safr_fast.training.loop import load_corpus
+from safr_fast.training.run import RunFolder, write_atomically
+
+FILE = "report.html"
+FIGURES = "figures"
+_START = title("ffn1_pre")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page, and its figures for papers."""
+
+    page: Path
+    figures: Path
+
+
+def report_run(run: Path, texts: Sequence[str] = (), *, data_dir: Path | None = None) -> Report:
+    """Write ``report.html`` into a run's folder, and each figure as SVG into its folder ``figures``.
+
+    Args:
+        run: the run's folder; what :func:`safr_fast.evaluation.evaluate_run` left there is shown too.
+        texts: texts to look into; if none, one of each class from the test split.
+        data_dir: where the data set is, if no longer where the run was trained from.
+
+    Raises:
+        RunError: no such run, or one without a finished epoch.
+        DataUnavailable: no text is given, and the data set is not there to take one from.
+    """
+    model, vocabulary, config = load_run(run)
+    predictor = Predictor(model, vocabulary, config)
+    if not texts:
+        moved = config if data_dir is None else TrainConfig.from_json(config.to_json() | {"data_dir": str(data_dir)})
+        texts = _examples(load_corpus(moved).test)
+    looked_into = [content.of_text(model, predictor, text) for text in texts if text.split()]
+    stored = run / EVALUATION
+    evaluation = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else None
+    drawn: dict[str, bytes] = {}
+
+    def uri(name: str, figure: Figure) -> str:
+        drawn[name] = figures.svg(figure)
+        return figures.data_uri(drawn[name])
+
+    def uris(prefix: str, named: dict[str, Figure]) -> dict[str, str]:
+        return {name: uri(f"{prefix}-{name}", figure) for name, figure in named.items()}
+
+    shown = []
+    for i, text in enumerate(looked_into, 1):
+        drawn[f"text{i}-capacity"] = figures.svg(text.strip)
+        shown.append(
+            {
+                "words": text.words,
+                "places": text.places,
+                "positive": text.positive,
+                "gated": text.gated,
+                "largest": text.largest,
+                "outside": sum(not word.values for word in text.words),
+                "graphs": uris(f"text{i}-allocation", text.graphs),
+                "matrices": uris(f"text{i}-interference", text.matrices),
+            }
+        )
+    page = _template().render(
+        heading=f"SAFR: {run.name}",
+        facts=_facts(model, config, run),
+        texts=shown,
+        start=_START,
+        evaluation=evaluation,
+        k=_nearest_30(evaluation),
+        deletion=uri("deletion", content.deletion(evaluation)) if evaluation else None,
+        training=uris("training", content.training(run)),
+        vocabulary=content.vocabulary(model, vocabulary.words),
+        gated=model.gate is not None,
+        title=title,
+        ranker_title=ranker_title,
+    )
+    result = Report(run / FILE, run / FIGURES)
+    write_atomically(result.page, lambda file: file.write_text(page, encoding="utf-8"))
+    result.figures.mkdir(exist_ok=True)
+    for name, image in drawn.items():
+        (result.figures / f"{_file_name(name)}.svg").write_bytes(image)
+    return result
+
+
+def _template() -> jinja2.Template:
+    source = files("safr_fast.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(source)
+
+
+def _facts(model: TransformerClassifier, config: TrainConfig, run: Path) -> str:
+    parts = [
+        config.dataset,
+        f"protocol {config.protocol}",
+        "VMASK" if model.gate is not None else "no VMASK",
+        f"λ importance {config.lambda_importance:g}, interaction {config.lambda_interaction:g} ({config.variant})",
+        f"seed {config.seed}",
+    ]
+    summary = RunFolder(run).load_summary()
+    if summary is not None:
+        parts.append(f"test accuracy {100 * summary['test']['accuracy']:.2f} % after {summary['epochs']} epochs")
+    return ", ".join(parts)
+
+
+def _examples(split: Split) -> list[str]:
+    """The first text of each class that is neither very short nor long."""
+    found: dict[int, str] = {}
+    for low, high in ((10, 25), (1, 10**9)):
+        for text, label in zip(split.texts, split.labels, strict=True):
+            if low <= len(text.split()) <= high:
+                found.setdefault(label, text)
+    return [found[label] for label in sorted(found)]
+
+
+def _nearest_30(evaluation: dict[str, Any] | None) -> str | None:
+    if evaluation is None:
+        return None
+    return f"{min(evaluation['config']['k'], key=lambda k: abs(k - 30)):g}"
+
+
+def _file_name(name: str) -> str:
+    return "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in name).lower().split())

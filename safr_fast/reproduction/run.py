@@ -1,0 +1,68 @@
+"""Training and evaluating what a table lacks, and writing the table after every run."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safr_fast.evaluation.run import evaluate_run
+from safr_fast.reproduction.config import ReproductionConfig, Target
+from safr_fast.reproduction.tables import figure, markdown, summarise
+from safr_fast.training.config import TrainConfig
+from safr_fast.training.loop import train
+from safr_fast.training.run import RunFolder, write_atomically, write_json
+
+
+def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[str], None] = print) -> str:
+    """Make a table or figure from runs, of which those that are missing are trained; gives it as Markdown.
+
+    Writes ``<target>-<dataset>.json`` and ``.md`` into ``config.out``, for ``figure3`` an ``.svg`` for each protocol
+    too, again after every run: what is done is there whenever the work is interrupted, and is not done again.
+    """
+    results: list[dict[str, Any]] = []
+    stem = config.out / f"{target}-{config.dataset}"
+    plan = [
+        (protocol, setting, seed)
+        for seed in range(config.seeds)
+        for protocol in config.protocols(target)
+        for setting in config.settings(target)
+    ]
+    text = ""
+    for number, (protocol, setting, seed) in enumerate(plan, 1):
+        training = config.training(protocol, setting, seed)
+        report(f"{number}/{len(plan)}: {training.out}")
+        _trained(training, report)
+        evaluation = _evaluated(target, training, config)
+        results.append({"protocol": protocol, "setting": setting, "seed": seed, "evaluation": evaluation})
+        summary = summarise(target, config.dataset, results)
+        text = markdown(summary)
+        write_json(stem.with_suffix(".json"), summary)
+        write_atomically(stem.with_suffix(".md"), partial(Path.write_text, data=text, encoding="utf-8"))
+        if target == "figure3":
+            figure(summary, stem)
+    return text
+
+
+def _trained(config: TrainConfig, report: Callable[[str], None]) -> None:
+    """A run that is finished stays; one that was begun goes on, with the data folder that it began with."""
+    assert config.out is not None
+    folder = RunFolder(config.out)
+    finished = folder.summary_file.exists()
+    begun = folder.config_file.exists()
+    if begun:
+        config = dataclasses.replace(config, data_dir=None)
+    train(config, resume=begun, report=(lambda _: None) if finished else report)
+
+
+def _evaluated(target: Target, training: TrainConfig, config: ReproductionConfig) -> dict[str, Any]:
+    assert training.out is not None
+    evaluation = config.evaluation(target)
+    name = "evaluation-figure3.json" if target == "figure3" else "evaluation-tables.json"
+    file = Path(training.out) / name
+    if file.exists():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["config"] == evaluation.to_json():
+            return dict(stored)
+    return evaluate_run(training.out, evaluation, data_dir=config.data_dir, device=config.device, file=name)

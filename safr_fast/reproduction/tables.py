@@ -1,0 +1,184 @@
+"""Results over seeds, as values and as Markdown, with the paper's figures beside them where it gives any."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safr_fast.evaluation.places import title
+from safr_fast.evaluation.statistics import t_interval
+from safr_fast.reproduction.config import Target
+from safr_fast.reproduction.settings import PAPER, PAPER_CAPACITY, Setting
+
+_FFN1, _VMASK, _RANDOM = "capacity:ffn1_pre", "capacity:vmask", "random"
+_TITLES = {
+    "table1": "Table 1: the plain transformer, VMASK, and SAFR",
+    "table2": "Table 2 and Appendix D: weights of both terms",
+    "table3": "Table 3: average capacity of all, important and less important words",
+    "figure3": "Figure 3: accuracy after deleting k % of the words",
+}
+
+Results = Sequence[Mapping[str, Any]]
+"""Of each run: ``protocol``, ``setting``, ``seed``, and its ``evaluation``."""
+
+
+def summarise(target: Target, dataset: str, results: Results) -> dict[str, Any]:
+    """The table as plain values: for every row and measure ``[mean, half width of the 95 % interval, or null]``."""
+    groups: dict[tuple[str, Setting], list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["protocol"], result["setting"]), []).append(result)
+    rows = []
+    for (protocol, setting), runs in groups.items():
+        evaluations = [run["evaluation"] for run in runs]
+        figures = PAPER.get((dataset, setting))
+        rows.append(
+            {
+                "protocol": protocol,
+                "setting": str(setting),
+                "seeds": [run["seed"] for run in runs],
+                **_values(target, evaluations),
+                "paper": figures._asdict() if figures and target in ("table1", "table2") else None,
+                "paper_capacity": PAPER_CAPACITY.get((dataset, setting)) if target == "table3" else None,
+            }
+        )
+    texts = sorted({result["evaluation"]["texts"] for result in results})
+    return {"target": target, "dataset": dataset, "texts": texts, "rows": rows}
+
+
+def _values(target: Target, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = evaluations[0]
+    if target == "table3":
+        return {
+            "capacity": {
+                place: {part: _over(e["capacity"][place][part] for e in evaluations) for part in parts}
+                for place, parts in first["capacity"].items()
+            }
+        }
+    accuracy = _over(100 * e["accuracy"][0] for e in evaluations)
+    by_k = {
+        name: {k: _of_k([e["rankers"][name]["k"][k] for e in evaluations]) for k in ranker["k"]}
+        for name, ranker in first["rankers"].items()
+    }
+    limits = [e["normalised_aopc"]["rankers"] for e in evaluations if e["normalised_aopc"]]
+    normalised = {name: _over(e[name][0] for e in limits) for name in first["normalised_aopc"].get("rankers", {})}
+    return {"accuracy": accuracy, "rankers": by_k, "normalised_aopc": normalised}
+
+
+def _of_k(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "accuracy": _over(100 * run["accuracy"][0] for run in runs),
+        "srs": _over(100 * run["srs"][0] for run in runs),
+        "predicted_positive": _over(100 * run["predicted_positive"] for run in runs),
+        "comprehensiveness": _over(run["comprehensiveness"][0] for run in runs),
+    }
+
+
+def _over(values: Iterable[float]) -> list[float | None]:
+    return list(t_interval(list(values)))
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """A summary for its reader."""
+    target, rows = summary["target"], summary["rows"]
+    texts = " or ".join(f"{count:,}" for count in summary["texts"])
+    head = [
+        f"# {_TITLES[target]} ({summary['dataset']})",
+        "",
+        f"{texts} test texts. Mean over seeds ± half the width of Student's 95 % interval of it; none from one seed.",
+    ]
+    body = {"table3": _table3, "figure3": _figure3}.get(target, _table2)(rows)
+    return "\n".join([*head, "", *body]) + "\n"
+
+
+def _table2(rows: Results) -> list[str]:
+    lines = [
+        "Per cents and points, 30 % of the words deleted; SRS by capacity before FFN1's ReLU, the place that comes "
+        "nearest the paper's SRS, and by capacity of VMASK's output. *Positive*: share of the texts predicted positive "
+        "after the first; where it is near 0 or 100, SRS sits at the class prior. *NAOPC*: AOPC between its limits, of "
+        "both, where it was asked for: 0 the worst order of words, 1 the best; this one compares models.",
+        "",
+        "| protocol | λ imp., inter. | seeds | accuracy | paper | random | paper | SRS FFN1 | paper | SRS VMASK "
+        "| positive | NAOPC FFN1 | NAOPC VMASK |",
+        "| --- " * 13 + "|",
+    ]
+    for row in rows:
+        paper, norm = row["paper"] or {}, row["normalised_aopc"]
+        ffn1, vmask, random = (row["rankers"].get(name, {}).get("30") for name in (_FFN1, _VMASK, _RANDOM))
+        cells = [
+            row["protocol"],
+            row["setting"],
+            len(row["seeds"]),
+            _cell(row["accuracy"]),
+            paper.get("accuracy", ""),
+            _cell(random["accuracy"]),
+            paper.get("random", ""),
+            _cell(ffn1["srs"]),
+            paper.get("srs", ""),
+            _cell(vmask["srs"]) if vmask else "",
+            _cell(ffn1["predicted_positive"], 1),
+            *(_cell(norm[name], 3) if name in norm else "" for name in (_FFN1, _VMASK)),
+        ]
+        lines.append(_line(cells))
+    return lines
+
+
+def _table3(rows: Results) -> list[str]:
+    lines = [
+        "*Important*: the first 30 % of each text by VMASK's probability.",
+        "",
+        "| protocol | λ imp., inter. | place | all | important | less |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        for place, parts in row["capacity"].items():
+            cells = [_cell(parts[part], 3) if part in parts else "" for part in ("all", "important", "less")]
+            lines.append(_line([row["protocol"], row["setting"], title(place), *cells]))
+        if row["paper_capacity"]:
+            paper = row["paper_capacity"]
+            lines.append(_line(["paper", row["setting"], "not said", paper["all"], paper["important"], paper["less"]]))
+    return lines
+
+
+def _figure3(rows: Results) -> list[str]:
+    lines = [
+        "Accuracy, per cent: words deleted by capacity before FFN1's ReLU, and as many at random.",
+        "",
+        "| protocol | λ imp., inter. | seeds | deleted by | none | "
+        + " | ".join(f"{k} %" for k in rows[0]["rankers"][_RANDOM])
+        + " |",
+        "| --- " * (5 + len(rows[0]["rankers"][_RANDOM])) + "|",
+    ]
+    for row in rows:
+        for name, by_k in row["rankers"].items():
+            cells = [_cell(values["accuracy"]) for values in by_k.values()]
+            start = [row["protocol"], row["setting"], len(row["seeds"])]
+            lines.append(_line([*start, "random" if name == _RANDOM else "capacity", _cell(row["accuracy"]), *cells]))
+    return lines
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _cell(value: Sequence[float | None], digits: int = 2) -> str:
+    mean, half = value
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def figure(summary: Mapping[str, Any], stem: Path) -> None:
+    """Figure 3 of each protocol, as ``<stem>-<protocol>.svg``."""
+    from safr_fast.report.figures import accuracy_by_k, svg
+
+    for protocol in sorted({row["protocol"] for row in summary["rows"]}):
+        curves = {}
+        for row in summary["rows"]:
+            if row["protocol"] == protocol:
+                for name, by_k in row["rankers"].items():
+                    points = [(0.0, *_band(row["accuracy"]))]
+                    points += [(float(k), *_band(values["accuracy"])) for k, values in by_k.items()]
+                    curves[f"{row['setting']}, {'random' if name == _RANDOM else 'capacity'}"] = points
+        stem.with_name(f"{stem.name}-{protocol}.svg").write_bytes(svg(accuracy_by_k(curves)))
+
+
+def _band(value: Sequence[float | None]) -> tuple[float, float, float]:
+    mean, half = value[0] or 0.0, value[1] or 0.0
+    return mean, mean - half, mean + half

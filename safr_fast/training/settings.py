@@ -1,0 +1,42 @@
+"""Where a run computes: its device, threads and random numbers."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from safr_fast.integrations.distributed import local_rank
+from safr_fast.training.config import TrainConfig
+from safr_fast.training.errors import RunError
+
+
+@contextmanager
+def settings(config: TrainConfig) -> Iterator[torch.device]:
+    """The run's device; its threads and random numbers, which are the caller's own again afterwards."""
+    device = choose_device(config.device)
+    threads = torch.get_num_threads()
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        on_gpu = device.type == "cuda"
+        with torch.cuda.device(device) if on_gpu else nullcontext(), torch.random.fork_rng([device] if on_gpu else []):
+            yield device
+    finally:
+        torch.set_num_threads(threads)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, if it is there; ``auto``: this process's GPU if there is one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in ("auto", "cuda") and count:
+        return torch.device("cuda", local_rank() % count)
+    if name == "auto":
+        return torch.device("cpu")
+    known = re.fullmatch("cpu|cuda(?::(0|[1-9][0-9]*))?", name)
+    if known is None:
+        raise RunError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
+    if name != "cpu" and int(known[1] or 0) >= count:
+        seen = ", ".join(f"cuda:{index}" for index in range(count)) or "no GPU"
+        raise RunError(f"device {name!r} is not there: this PyTorch sees {seen}; use --device cpu or auto")
+    return torch.device(name)

@@ -1,0 +1,350 @@
+"""Deletion, capacity by place, rankers and intervals against slow implementations of their own."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from safr_fast.data import Corpus, Vocabulary, synthetic
+from safr_fast.data.corpus import Split
+from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run, limits, measure, score
+from safr_fast.evaluation.deletion import count, random_scores, without
+from safr_fast.evaluation.encoding import Encoded
+from safr_fast.evaluation.normalised import aopc, normalised
+from safr_fast.evaluation.places import PLACES, capacity, hidden_states
+from safr_fast.evaluation.run import average_capacity, evaluate_scores
+from safr_fast.evaluation.statistics import bootstrap, paired_test, t_interval
+from safr_fast.evaluation.table import table
+from safr_fast.nn import SAFRClassifier, TransformerClassifier
+from safr_fast.training import ModelConfig, TrainConfig, loop, train
+from safr_fast.training.agreement import above
+
+SIZES = {"dim": 16, "heads": 4, "feedforward": 32}
+WEIGHT = {"good": 1.5, "bad": -2.0, "not": -0.5, "fine": 0.7, "film": 0.1}
+WORDS = st.lists(st.sampled_from(sorted(WEIGHT)), min_size=1, max_size=7)
+
+
+def predict(texts: Sequence[Sequence[str]]) -> Tensor:
+    """Any predict function: positions count a little, so that order matters."""
+    logits = [sum(WEIGHT[word] * (1 + 0.1 * i) for i, word in enumerate(words)) for words in texts]
+    positive = torch.tensor(logits, dtype=torch.float64).sigmoid()
+    return torch.stack((1 - positive, positive), 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "k", "deleted"),
+    [(10, 30, 3), (9, 30, 2), (3, 30, 1), (1, 30, 0), (0, 30, 0), (2, 100, 1), (100, 29, 29), (7, 1, 1), (20, 35, 7)],
+)
+def test_how_many_words_k_per_cent_are(words: int, k: float, deleted: int) -> None:
+    assert count(words, words, k) == deleted
+
+
+def test_words_are_deleted_by_score_then_position_and_later_ones_slide_into_the_window() -> None:
+    seen: list[list[str]] = []
+
+    def spy(texts: Sequence[Sequence[str]]) -> Tensor:
+        seen.extend(map(list, texts))
+        return predict(texts)
+
+    text = ["good", "bad", "not", "fine", "film"]
+    measure(spy, [text], torch.tensor([1]), {"tied": [torch.tensor([0.0, 1.0, 1.0, 1.0])]}, [50])
+    assert seen == [text, ["good", "fine", "film"], ["bad", "not"]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), k=st.sampled_from([10, 30, 50, 100]))
+def test_measures_agree_with_a_slow_implementation(data: st.DataObject, k: int) -> None:
+    texts = data.draw(st.lists(WORDS, min_size=1, max_size=4))
+    labels = [data.draw(st.integers(0, 1)) for _ in texts]
+    scores = [[data.draw(st.integers(0, 3)) / 2 for _ in words] for words in texts]
+    measured = measure(predict, texts, torch.tensor(labels), {"r": [torch.tensor(row) for row in scores]}, [k])["r"][k]
+    for t, (words, label, row) in enumerate(zip(texts, labels, scores, strict=True)):
+        ranked = sorted(range(len(words)), key=lambda i: (-row[i], i))
+        taken = ranked[: max(1, k * len(words) // 100)]
+        if len(words) == 1:
+            taken = []
+        elif len(taken) == len(words):
+            taken = taken[:-1]
+        before = predict([words])[0]
+        after = predict([[word for i, word in enumerate(words) if i not in taken]])[0]
+        kept = predict([[word for i, word in enumerate(words) if i in taken] or words])[0]
+        y = int(before.argmax())
+        expected = {
+            "correct": float(int(after.argmax()) == label),
+            "srs": float(y == label) - float(int(after.argmax()) == label),
+            "predicted": float(after.argmax()),
+            "comprehensiveness": float(before[y] - after[y]),
+            "sufficiency": float(before[y] - kept[y]),
+            "log_odds": math.log(float(after[y])) - math.log(float(before[y])),
+        }
+        assert {name: float(values[t]) for name, values in measured.items()} == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_k_that_is_no_per_cent_is_named() -> None:
+    with pytest.raises(ValueError, match=r"k must be above 0 and at most 100 per cent, got \[0\]"):
+        measure(predict, [["good"]], torch.tensor([1]), {"r": [torch.zeros(1)]}, [0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(words=st.lists(st.sampled_from(sorted(WEIGHT)), min_size=2, max_size=5), outside=st.booleans())
+def test_limits_of_aopc_are_those_of_all_orders(words: list[str], outside: bool) -> None:
+    scored = len(words)
+    words = [*words, "film"] if outside else words
+    values = [
+        aopc(predict, words, torch.tensor([float(-place.index(i)) for i in range(scored)]))
+        for place in itertools.permutations(range(scored))
+    ]
+    low, high = limits(predict, words, scored, beam=math.comb(scored, scored // 2))
+    assert (low, high) == pytest.approx((min(values), max(values)), abs=1e-9)
+    narrow = limits(predict, words, scored, beam=1)
+    assert low - 1e-9 <= narrow[0] <= narrow[1] <= high + 1e-9
+
+
+def test_normalised_aopc_is_one_at_the_best_order_and_zero_at_the_worst() -> None:
+    assert (normalised(0.3, 0.1, 0.3), normalised(0.1, 0.1, 0.3), normalised(0.2, 0.1, 0.3)) == pytest.approx(
+        (1, 0, 0.5)
+    )
+    assert normalised(0.5, 0.1, 0.3) == 1.0  # better than the beam found
+    assert normalised(0.0, 0.0, 0.0) == 0.5
+
+
+def test_random_control_takes_other_words_in_every_draw_and_is_repeatable() -> None:
+    lengths = [torch.zeros(30)] * 3
+    a, b, again = random_scores(lengths, 0), random_scores(lengths, 1), random_scores(lengths, 0)
+    assert all(torch.equal(x, y) for x, y in zip(a, again, strict=True))
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations([*a, *b], 2))
+
+
+def model_and_batch(
+    gate: bool = True, pads_count: bool = False, layers: int = 1
+) -> tuple[TransformerClassifier, Tensor, Tensor]:
+    torch.manual_seed(0)
+    kind = SAFRClassifier if gate else TransformerClassifier
+    model = kind(20, **SIZES, pads_count=pads_count, layers=layers, **({"mask_hidden": 8} if gate else {})).eval()
+    mask = torch.arange(9) < torch.tensor([9, 4, 1])[:, None]
+    return model, torch.randint(2, 20, (3, 9)).where(mask, 0), mask
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_places_hold_what_their_names_say(gate: bool) -> None:
+    model, ids, mask = model_and_batch(gate)
+    output, states = hidden_states(model, ids, mask)
+    layer = model.layers[0]
+    assert list(states) == [place for place in PLACES if gate or place != "vmask"]
+    x = model.embedding(ids) * 4.0
+    torch.testing.assert_close(states["embedding"], x)
+    if gate:
+        assert output.gate is not None
+        torch.testing.assert_close(states["vmask"], output.gate[..., None] * x)
+    torch.testing.assert_close(states["ffn1_pre"], layer.feedforward[0](states["norm"]))
+    torch.testing.assert_close(states["ffn1_post"], states["ffn1_pre"].relu())
+    torch.testing.assert_close(states["ffn2"], layer.feedforward[2](states["ffn1_post"]))
+    torch.testing.assert_close(states["block"], layer.norm_feedforward(states["norm"] + states["ffn2"]))
+    torch.testing.assert_close(output.logits, model(ids, mask).logits)
+
+
+def test_several_layers_have_places_of_their_own() -> None:
+    model, ids, mask = model_and_batch(layers=2)
+    states = hidden_states(model, ids, mask)[1]
+    inner = [place for place in PLACES if place not in ("embedding", "vmask")]
+    assert list(states) == ["embedding", "vmask", *(f"layer{i}.{place}" for i in (1, 2) for place in inner)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-30])
+def test_capacity_is_the_formula_at_any_scale_of_a_row(scale: float) -> None:
+    torch.manual_seed(0)
+    h = torch.randn(2, 5, 6)
+    h[0, 1:3] *= scale
+    h[1] *= scale
+    mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
+    found = capacity(h.masked_fill(~mask[..., None], float("nan")), mask)
+    for b, length in ((0, 5), (1, 3)):
+        for i in range(length):
+            own = h[b, i].double()
+            shares = [float((own @ h[b, j].double() / own.norm()) ** 2) for j in range(length)]
+            assert found[b, i].item() == pytest.approx(shares[i] / sum(shares), rel=1e-9)
+    assert not found[1, 3:].any()
+
+
+@pytest.mark.parametrize("pads_count", [False, True])
+def test_scores_of_a_text_do_not_depend_on_its_batch(pads_count: bool) -> None:
+    model, *_ = model_and_batch(pads_count=pads_count)
+    texts = ["a b c d e", "a b", "c", "d d a b e e a c", "e"]
+    vocabulary = Vocabulary("abcde")
+    config = TrainConfig(protocol="released" if pads_count else "masked", max_len=8)
+    together = score(model, Predictor(model, vocabulary, config).encode(texts), gradients=True)
+    assert {"vmask", "attention", "gradient_x_input", "integrated_gradients"} <= set(together)
+    for i, text in enumerate(texts):
+        apart = score(model, Predictor(model, vocabulary, config).encode([text]), gradients=True)
+        for name, rows in together.items():
+            assert rows[i].shape == (len(text.split()),), name
+            torch.testing.assert_close(rows[i], apart[name][0], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_rankers_agree_with_their_definitions() -> None:
+    """Written out: embedding · gradient, and the mean gradient on the line from 0 by a fine midpoint sum."""
+    model, *_ = model_and_batch(gate=False)
+    vocabulary = Vocabulary("abcde")
+    predictor = Predictor(model, vocabulary, TrainConfig())
+    text = "a c b e e"
+    scores = score(model, predictor.encode([text]), gradients=True)
+    batch = predictor.encode([text]).batch([0])
+    weights = model.embedding.weight.detach().clone()
+    target = model(batch.ids, batch.mask).logits.argmax().item()
+
+    def gradient(share: float) -> tuple[Tensor, Tensor]:
+        x = (share * weights[batch.ids]).requires_grad_()
+        logit = model(batch.ids, batch.mask, embedded=x).logits[0, target]
+        return torch.autograd.grad(logit, x)[0], logit.detach()
+
+    x = weights[batch.ids]
+    at_input, whole = gradient(1.0)
+    torch.testing.assert_close(scores["gradient_x_input"][0], (x * at_input).sum(-1)[0], rtol=1e-4, atol=1e-5)
+    path = torch.stack([gradient((step + 0.5) / 400)[0] for step in range(400)]).mean(0)
+    torch.testing.assert_close(scores["integrated_gradients"][0], (x * path).sum(-1)[0], rtol=2e-2, atol=2e-3)
+    assert scores["integrated_gradients"][0].sum().item() == pytest.approx((whole - gradient(0.0)[1]).item(), abs=1e-2)
+
+
+def test_attention_received_by_the_words_of_a_text_adds_up_to_its_queries() -> None:
+    model, *_ = model_and_batch()
+    received = score(model, Predictor(model, Vocabulary("abcde"), TrainConfig()).encode(["a b c", "d"]))["attention"]
+    assert received[0].sum().item() == pytest.approx(3, abs=1e-5)
+    assert received[1].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("pads_count", [False, True])
+def test_a_predictor_gives_each_text_its_own_probabilities(pads_count: bool) -> None:
+    model, *_ = model_and_batch(pads_count=pads_count)
+    config = TrainConfig(protocol="released" if pads_count else "masked", max_len=4)
+    predictor = Predictor(model, Vocabulary("abcde"), config)
+    texts = [list("abcdeabc"), ["a"], [], list("abcd"), ["a"], list("cd")]
+    together = predictor(texts)
+    assert torch.equal(together[0], together[3])  # the same to a window of four
+    assert torch.equal(together[1], together[4])
+    for words, row in zip(texts, together, strict=True):
+        torch.testing.assert_close(predictor([words])[0], row, rtol=1e-5, atol=1e-6)
+    assert together.sum(1).tolist() == pytest.approx([1.0] * len(texts))
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.sampled_from([0, 1, 20, 256, 300, 2_470, 5_000]), max_size=200))
+def test_batches_hold_every_text_once_and_fit_in_memory(lengths: list[int]) -> None:
+    found = Encoded([range(length) for length in lengths]).batches()
+    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
+    for rows in found:
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) == 1 or len(rows) * longest**2 <= 64 * 256**2
+        assert len(rows) <= 64
+
+
+def test_average_capacity_parts_tokens_by_the_gate() -> None:
+    scores = {
+        "capacity:vmask": [torch.tensor([0.9, 0.1, 0.2, 0.3, 0.5, 0.4, 0.8]), torch.tensor([0.6])],
+        "vmask": [torch.tensor([0.1, 0.9, 0.8, 0.7, 0.2, 0.3, 0.4]), torch.tensor([0.5])],
+    }
+    (averages,) = average_capacity(scores).values()
+    assert averages["important"] == pytest.approx((0.1 + 0.2 + 0.6) / 3)  # ⌊0.3 · 7⌋ of the first, one of the second
+    assert averages["less"] == pytest.approx((0.9 + 0.3 + 0.5 + 0.4 + 0.8) / 5)
+    assert averages["all"] == pytest.approx(3.8 / 8)
+    assert set(average_capacity({"capacity:vmask": scores["vmask"]})["vmask"]) == {"all"}
+
+
+def test_bootstrap_intervals_are_those_of_scipy_and_one_resample_serves_all() -> None:
+    values = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).exp().double()
+    low, high = bootstrap(values, draws=4_000)
+    for column in range(3):
+        expected = stats.bootstrap(
+            (values[:, column].numpy(),), lambda x, axis: x.mean(axis), method="percentile", rng=1
+        )
+        spread = expected.standard_error
+        assert low[column].item() == pytest.approx(expected.confidence_interval.low, abs=0.15 * spread)
+        assert high[column].item() == pytest.approx(expected.confidence_interval.high, abs=0.15 * spread)
+    one_low, _ = bootstrap(values[:, 0], draws=4_000)
+    assert one_low.item() == pytest.approx(low[0].item())
+
+
+def test_the_paired_test_is_the_sign_test_of_differences_that_are_all_equal() -> None:
+    a, b = torch.zeros(60), torch.zeros(60)
+    a[:9], b[9:12] = 1.0, 1.0  # nine texts for a, three for b
+    assert paired_test(a, b, draws=20_000) == pytest.approx(stats.binomtest(9, 12).pvalue, abs=0.01)
+    assert paired_test(a, a) == 1.0
+    assert paired_test(a + 1, b, draws=999) < 0.01
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    values = [70.0, 72.0, 71.0, 74.0]
+    mean, half = t_interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert half is not None
+    assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
+    assert t_interval([70.0]) == (70.0, None)
+
+
+def test_an_evaluation_of_planted_scores_finds_the_words_that_decide() -> None:
+    """A rule for a predict function, the truth for its scores: deleting what decides turns or unsettles every text."""
+    split = Split(["good film film film", "bad film film film"], [1, 0])
+    scores = {
+        "capacity:ffn1_pre": [torch.tensor([0.0, 0.3, 0.2, 0.1])] * 2,
+        "planted": [torch.tensor([1.0, 0, 0, 0])] * 2,
+    }
+    result = evaluate_scores(predict, split, scores, EvaluationConfig(k=(30,), normalised=2))
+    assert result["accuracy"][0] == 1.0
+    assert result["rankers"]["planted"]["k"]["30"]["srs"][0] == 0.5  # the rest leans positive
+    assert result["rankers"]["planted"]["k"]["30"]["predicted_positive"] == 1.0
+    assert result["rankers"]["capacity:ffn1_pre"]["k"]["30"]["srs"][0] == 0.0
+    assert result["normalised_aopc"]["rankers"]["planted"][0] == pytest.approx(1.0, abs=0.05)
+    assert result["normalised_aopc"]["rankers"]["planted"][0] > result["normalised_aopc"]["rankers"]["random"][0]
+
+
+@pytest.fixture(scope="module")
+def planted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Corpus]:
+    """A small classifier that has learnt the rule of generated reviews."""
+    corpus = synthetic(0, {"train": 3_000, "dev": 300, "test": 300})
+    out = tmp_path_factory.mktemp("planted") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.data, "load", lambda *_, **__: corpus)
+        model = ModelConfig(dim=64, heads=4, feedforward=64, mask_hidden=32)
+        config = TrainConfig(
+            out=out, model=model, learning_rate=2e-3, epochs=6, patience=6, device="cpu", lambda_importance=0.02, seed=1
+        )
+        result = train(config, report=lambda _: None)
+        assert result.test["accuracy"] > 0.7
+        assert result.agreement["pair_attention"] > 3
+        evaluate_run(out, EvaluationConfig(k=(20, 30), normalised=3))
+    return out, corpus
+
+
+def test_capacity_where_the_importance_term_acts_finds_the_planted_words(planted_run: tuple[Path, Corpus]) -> None:
+    out, corpus = planted_run
+    from safr_fast.training import load_run
+
+    model, vocabulary, config = load_run(out)
+    scores = score(model, Predictor(model, vocabulary, config).encode(corpus.test.texts))
+    truth = corpus.test.truth
+    assert truth is not None
+    for name in ("vmask", "capacity:vmask"):
+        by_role: dict[bool, list[float]] = {True: [], False: []}
+        for row, planted in zip(scores[name], truth, strict=True):
+            for value, role in zip(row.tolist(), planted.roles, strict=True):
+                by_role[role != "filler"].append(value)
+        assert above(torch.tensor(by_role[True]), torch.tensor(by_role[False])) > 0.85, name
+    result = json.loads((out / "evaluation.json").read_text())
+    found, control = (result["rankers"][name]["k"]["30"] for name in ("capacity:vmask", "random"))
+    assert found["srs"][1] > control["srs"][2]
+    assert found["p_against_random"] < 0.01
+    assert result["capacity"]["vmask"]["important"] > result["capacity"]["vmask"]["less"]
+    printed = table(result)
+    for expected in ("VMASK output", "300 test texts (0 of one word", "random", "average capacity"):
+        assert expected in printed
+
+
+def test_removing_words_keeps_the_order_of_the_rest() -> None:
+    assert without(["a", "b", "c", "d"], [2, 0]) == ["b", "d"]

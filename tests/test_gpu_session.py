@@ -1,0 +1,36 @@
+"""The command that measures on a GPU runs through without one, so that no minute on a device goes to its mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+SESSION = Path(__file__).parents[1] / "benchmarks" / "gpu_session.py"
+
+
+def test_a_dry_run_tests_measures_sweeps_and_writes(tmp_path: Path) -> None:
+    command = [sys.executable, str(SESSION), "--dry-run", "--minutes", "5", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (result,) = tmp_path.glob("*.json")
+    session = json.loads(result.read_text())
+    assert session["tests"]["rc"] == 0
+    assert session["tests"]["counts"]["passed"] > 0
+    assert {case["kind"] for case in session["cases"]} == {"importance", "interaction"}
+    assert all(case["error"] < 1e-4 and case["ms"] > 0 for case in session["cases"])
+    assert [trial["is_table"] for trial in session["sweep"]] == [True, False]
+    assert all(trial["difference"] < 1e-5 for trial in session["sweep"])
+    assert result.with_suffix(".md").read_text() in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_without_a_gpu_it_says_what_to_do() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(SESSION)], capture_output=True, text=True, env=environment)
+    assert run.returncode != 0
+    assert "--dry-run" in run.stderr

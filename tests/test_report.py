@@ -1,0 +1,180 @@
+"""The page of a run: self-contained, escaped, and true to what the model gives."""
+
+import html.parser
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import safr_fast as sf
+from safr_fast.data import synthetic
+from safr_fast.data.corpus import Split
+from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run
+from safr_fast.evaluation.places import capacity, hidden_states
+from safr_fast.report import Report, content, figures, page, report_run
+from safr_fast.training import ModelConfig, TrainConfig, load_run, loop, train
+
+NASTY = '<script>alert(1)</script> <br /> $x_1$ "quoted" {{7*7}} &amp; \' </td> naïve 日本語 $$ %s good bad'
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run with VMASK, evaluated and with gradient norms, and a baseline as it was trained."""
+    corpus = synthetic(0, {"train": 64, "dev": 20, "test": 20})
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.data, "load", lambda *_, **__: corpus)
+        for gate, name in ((True, "vmask"), (False, "baseline")):
+            model = ModelConfig(gate=gate, dim=16, heads=2, feedforward=16, mask_hidden=8)
+            config = TrainConfig(
+                out=folder / name, model=model, epochs=2, device="cpu", log_every=1, log_gradients=True, max_len=300
+            )
+            train(config, report=lambda _: None)
+        evaluate_run(folder / "vmask", EvaluationConfig(k=(20, 30), normalised=0))
+    return {name: folder / name for name in ("vmask", "baseline")}
+
+
+class Reader(html.parser.HTMLParser):
+    """Tags, addresses, and the text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(page: Path) -> Reader:
+    reader = Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    return reader
+
+
+@pytest.fixture(scope="module")
+def reports(runs: dict[str, Path]) -> dict[str, Report]:
+    return {name: report_run(run, [NASTY]) for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["vmask", "baseline"])
+def test_a_page_escapes_every_word_and_asks_for_nothing(reports: dict[str, Report], name: str) -> None:
+    report = reports[name]
+    reader = read(report.page)
+    assert reader.tags.count("script") == 1
+    assert "br" not in reader.tags
+    assert reader.addresses
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in reader.addresses)
+    source = report.page.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]*", "", source))
+    assert set(NASTY.split()) <= {text.strip() for text in reader.text}
+    for file in report.figures.iterdir():
+        root = ET.parse(file).getroot()  # well-formed, whatever the words
+        assert not root.findall(".//{http://www.w3.org/2000/svg}script")
+    graph = (report.figures / "text1-allocation-ffn1-before-relu.svg").read_text(encoding="utf-8")
+    assert "$x_1$" in graph
+    assert "日本語" in graph
+
+
+def test_a_page_shows_every_part(reports: dict[str, Report]) -> None:
+    text = " ".join(read(reports["vmask"].page).text)
+    for part in (
+        "Capacity by layer and word",
+        "Neuron allocation",
+        "Interference and polysemanticity",
+        "Accuracy after deleting k % of the words",
+        "Average capacity",
+        "Every term as weighted",
+        "Gradient norm of each weighted term",
+        "Words of the vocabulary",
+    ):
+        assert part in text, part
+    assert "This run has not been evaluated" in " ".join(read(reports["baseline"].page).text)
+
+
+def test_the_page_takes_a_text_of_each_class_that_is_neither_short_nor_long() -> None:
+    middle = "a b c d e f g h i j k"
+    assert page._examples(Split(["x", f"0 {middle}", f"1 {middle}", f"2 {middle}"], [1, 0, 1, 0])) == [
+        f"0 {middle}",
+        f"1 {middle}",
+    ]
+    assert page._examples(Split(["", "x", "y"], [0, 0, 1])) == ["x", "y"]
+
+
+def test_a_review_of_two_thousand_words_stays_a_page(runs: dict[str, Path]) -> None:
+    words = [word for text in synthetic(1, {"train": 400, "dev": 0, "test": 0}).train.texts for word in text.split()][
+        :2_000
+    ]
+    report = report_run(runs["vmask"], [" ".join(words)])
+    assert report.page.stat().st_size < 5_000_000
+    assert "lie past the model's window" in " ".join(read(report.page).text)
+    assert read(report.page).tags.count("tr") < 500
+
+
+def test_what_is_shown_of_a_text_is_what_the_model_gives(runs: dict[str, Path]) -> None:
+    model, vocabulary, config = load_run(runs["vmask"])
+    predictor = Predictor(model, vocabulary, config)
+    text = "the plot was not good , we watched it twice"
+    shown = content.of_text(model, predictor, text)
+    batch = predictor.encode([text]).batch([0])
+    output, states = hidden_states(model, batch.ids, batch.mask)
+    assert [word.text for word in shown.words] == text.split()
+    for p, h in enumerate(states.values()):
+        expected = capacity(h, batch.mask)[0].tolist()
+        assert [word.values[p] for word in shown.words] == pytest.approx(expected)
+        assert shown.largest[p] == pytest.approx(max(expected))
+    assert output.gate is not None
+    assert [word.gate for word in shown.words] == pytest.approx(output.gate[0].tolist())
+    assert shown.positive == pytest.approx(predictor([text.split()])[0, 1].item(), rel=1e-5)
+
+
+def test_words_of_the_vocabulary_are_ranked_by_capacity_among_all(runs: dict[str, Path]) -> None:
+    model, vocabulary, _ = load_run(runs["vmask"])
+    found = content.vocabulary(model, vocabulary.words)
+    with torch.no_grad():
+        x = model.embedding.weight[2:] * 4.0
+        assert model.gate is not None
+        h = (model.gate(x)[:, None] * x).double()
+    values = sf.capacity(h, impl="reference")
+    best = values.argsort(descending=True)[:20].tolist()
+    assert [row.word for row in found["highest"]] == [vocabulary.words[2 + i] for i in best]
+    assert [row.capacity for row in found["highest"]] == pytest.approx(values[best].tolist(), rel=1e-4)
+    assert found["lowest"][0].capacity <= found["highest"][-1].capacity
+
+
+def test_edges_show_the_sign_and_near_words_are_the_strong_pairs() -> None:
+    """Two pairs, one aligned and one opposed, at right angles to each other."""
+    h = np.array([[3.0, 0.1], [3.0, -0.1], [0.1, 3.0], [-0.1, -3.0]])
+    figure = figures.allocation(["a", "b", "c", "d"], h @ h.T, np.full(4, 0.5), np.linspace(0, 1, 4))
+    edges, dots = figure.axes[0].collections
+    xy = np.asarray(dots.get_offsets())
+    colors = {}
+    for line, color in zip(edges.get_segments(), edges.get_colors(), strict=True):
+        i, j = (int(np.abs(xy - end).sum(1).argmin()) for end in line)
+        colors[min(i, j), max(i, j)] = "red" if color[0] > color[2] else "blue"
+    assert (colors[0, 1], colors[2, 3]) == ("red", "blue")
+
+    def distance(i: int, j: int) -> float:
+        return float(np.linalg.norm(xy[i] - xy[j]))
+
+    assert max(distance(0, 1), distance(2, 3)) < min(distance(i, j) for i in (0, 1) for j in (2, 3))
+    sizes = dots.get_sizes()
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("words", [["only"], ["same", "same"]])
+def test_graphs_and_matrices_of_few_words_are_drawn(words: list[str]) -> None:
+    n = len(words)
+    zero: Any = np.zeros((n, n))
+    figures.svg(figures.allocation(words, zero, np.zeros(n), np.zeros(n)))
+    figures.svg(figures.interference(words, zero, np.zeros(n)))

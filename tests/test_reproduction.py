@@ -1,0 +1,181 @@
+"""Tables: rows, resumption, intervals, and which of the paper's figures stand beside ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safr_fast import cli
+from safr_fast.data import synthetic
+from safr_fast.evaluation.statistics import t_interval
+from safr_fast.reproduction import run as module
+from safr_fast.reproduction.config import ReproductionConfig
+from safr_fast.reproduction.run import reproduce
+from safr_fast.reproduction.settings import BASELINE, Setting, rows
+from safr_fast.reproduction.tables import markdown, summarise
+from safr_fast.training import ModelConfig, OptionError, RunError, loop
+
+TINY = ModelConfig(dim=16, heads=2, feedforward=16, mask_hidden=8)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A small corpus; gives the folders that were trained, in order."""
+    corpus = synthetic(0, {"train": 64, "dev": 20, "test": 30})
+    monkeypatch.setattr(loop.data, "load", lambda *_, **__: corpus)
+    trained: list[str] = []
+    original = module.train
+
+    def counted(config: Any, **options: Any) -> Any:
+        assert config.out is not None
+        if not (config.out / "summary.json").exists():
+            trained.append(config.out.name)
+        return original(config, **options)
+
+    monkeypatch.setattr(module, "train", counted)
+    return trained
+
+
+def config(out: Path, **options: Any) -> ReproductionConfig:
+    defaults: dict[str, Any] = {"dataset": "synthetic", "seeds": 2, "epochs": 1, "device": "cpu", "model": TINY}
+    return ReproductionConfig(out=out, **(defaults | options))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_a_table_trains_what_is_missing_and_nothing_twice(small: list[str], tmp_path: Path) -> None:
+    text = reproduce("table1", config(tmp_path, rows=("baseline", "0.1,0"), seeds=1), report=quiet)
+    names = [
+        f"synthetic-{protocol}-{row}-seed0"
+        for protocol in ("masked", "released")
+        for row in ("baseline", "imp0.1-inter0")
+    ]
+    assert small == names
+    assert (tmp_path / "table1-synthetic.md").read_text() == text
+    evaluated = {name: (tmp_path / name / "evaluation-tables.json").stat().st_mtime_ns for name in names}
+    again = reproduce("table2", config(tmp_path, rows=("0.1,0", "baseline"), protocol="masked", seeds=2), report=quiet)
+    assert small[4:] == ["synthetic-masked-imp0.1-inter0-seed1", "synthetic-masked-baseline-seed1"]
+    assert {name: (tmp_path / name / "evaluation-tables.json").stat().st_mtime_ns for name in names} == evaluated
+    assert "| masked | 0.1,0 | 2 |" in again
+
+
+def test_an_interrupted_series_keeps_what_is_done(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module.evaluate_run
+    calls = iter(range(100))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "evaluate_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce("table2", config(tmp_path, rows=("baseline", "0,0"), seeds=1), report=quiet)
+    assert json.loads((tmp_path / "table2-synthetic.json").read_text())["rows"][0]["setting"] == "baseline"
+    before = list(small)
+    reproduce("table2", config(tmp_path, rows=("baseline", "0,0"), seeds=1), report=quiet)
+    assert small == before  # both had been trained
+    stored = json.loads((tmp_path / "table2-synthetic.json").read_text())
+    assert [row["setting"] for row in stored["rows"]] == ["baseline", "0,0"]
+
+
+def test_runs_of_other_settings_are_not_taken_for_the_tables(small: list[str], tmp_path: Path) -> None:
+    reproduce("table2", config(tmp_path, rows=("baseline",), seeds=1), report=quiet)
+    with pytest.raises(RunError, match=r"began with epochs 1 \(now 2\)"):
+        reproduce("table2", config(tmp_path, rows=("baseline",), seeds=1, epochs=2), report=quiet)
+
+
+def test_an_evaluation_on_other_texts_is_made_anew(small: list[str], tmp_path: Path) -> None:
+    for texts, expected in ((10, 10), (None, 30)):
+        reproduce("table2", config(tmp_path, rows=("baseline",), seeds=1, texts=texts), report=quiet)
+        assert json.loads((tmp_path / "table2-synthetic.json").read_text())["texts"] == [expected]
+
+
+def test_figure3_has_curves_with_a_control(small: list[str], tmp_path: Path) -> None:
+    text = reproduce("figure3", config(tmp_path, rows=("0.1,0.1",), seeds=2, protocol="masked"), report=quiet)
+    assert "| masked | 0.1,0.1 | 2 | capacity |" in text
+    assert "| masked | 0.1,0.1 | 2 | random |" in text
+    assert (tmp_path / "figure3-synthetic-masked.svg").stat().st_size > 5_000
+    (row,) = json.loads((tmp_path / "figure3-synthetic.json").read_text())["rows"]
+    assert list(row["rankers"]["random"]) == [str(k) for k in range(10, 100, 10)]
+
+
+def test_table3_has_every_place(small: list[str], tmp_path: Path) -> None:
+    text = reproduce("table3", config(tmp_path, rows=("0,0", "baseline"), seeds=1, protocol="masked"), report=quiet)
+    assert text.count("| masked | 0,0 |") == 8
+    assert text.count("| masked | baseline |") == 7  # no VMASK output, and nothing called important
+    assert "| masked | baseline | FFN2 | " in text
+
+
+def evaluation(accuracy: float, srs: float) -> dict[str, Any]:
+    of_k = {
+        "accuracy": [accuracy - srs, 0, 1],
+        "srs": [srs, 0, 1],
+        "predicted_positive": 0.4,
+        "comprehensiveness": [0.1, 0, 1],
+    }
+    names = ("capacity:ffn1_pre", "capacity:vmask", "random")
+    rankers = {name: {"k": {"30": of_k}} for name in names}
+    limits = {"rankers": {name: [0.6, 0, 1] for name in names}}
+    return {"texts": 1743, "accuracy": [accuracy, 0, 1], "rankers": rankers, "normalised_aopc": limits}
+
+
+def test_values_are_means_over_seeds_beside_the_papers_own() -> None:
+    results = [
+        {"protocol": "released", "setting": setting, "seed": seed, "evaluation": evaluation(value, 0.1)}
+        for setting in (Setting(1, 0.1), Setting(0.01, 0.1))
+        for seed, value in enumerate((0.70, 0.72, 0.74))
+    ]
+    known, unknown = summarise("table2", "sst2", results)["rows"]
+    assert known["accuracy"] == pytest.approx(t_interval([70.0, 72.0, 74.0]))
+    assert known["paper"] == {"accuracy": 72.96, "random": 75.3, "srs": 18.24}
+    assert unknown["paper"] is None
+    lines = markdown(summarise("table2", "sst2", results)).splitlines()
+    assert lines[-2].startswith("| released | 1,0.1 | 3 | 72.00 ± 4.97 | 72.96 |")
+    assert lines[-1].startswith("| released | 0.01,0.1 | 3 | 72.00 ± 4.97 |  |")
+    assert summarise("table2", "imdb", results)["rows"][0]["paper"] is None
+
+
+def test_rows_hold_the_papers_settings_first_and_each_once() -> None:
+    table2 = rows("table2", "sst2")
+    assert table2[:5] == (BASELINE, Setting(0, 0), Setting(0, 1), Setting(1, 0), Setting(1, 0.1))
+    assert len(set(table2)) == len(table2) == 17
+    assert rows("table1", "imdb") == (BASELINE, Setting(), Setting(0.01, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": ("1",)}, "rows must be baseline or two weights such as 1,0.1, got '1'"),
+        ({"rows": ("a,b",)}, "rows must be baseline or two weights"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"model": ModelConfig(layers=2)}, "model.layers must be 1, as in the paper, got 2"),
+    ],
+)
+def test_options_that_make_no_table_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ReproductionConfig(**options)
+
+
+@pytest.mark.parametrize("text", ["baseline", "0,0", "1,0.1", "0.01,1", "1e-05,10"])
+def test_a_setting_comes_back_from_its_name(text: str) -> None:
+    assert str(Setting.of(text)) == text
+
+
+def test_the_commands_run_from_end_to_end(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = "--model.dim 16 --model.heads 2 --model.feedforward 16 --model.mask-hidden 8 --device cpu --epochs 1"
+    out = tmp_path / "synthetic-masked-baseline-seed0"
+    cli.main(["reproduce", "table2", "--dataset", "synthetic", "--seeds", "1", "--rows", "baseline",
+              "--protocol", "masked", "--out", str(tmp_path), *tiny.split()])  # fmt: skip
+    assert "| masked | baseline | 1 |" in capsys.readouterr().out
+    cli.main(["evaluate", str(out), "--k", "30", "--normalised", "2"])
+    assert "average capacity" in capsys.readouterr().out
+    cli.main(["report", str(out), "--text", "a good film"])
+    assert "report.html" in capsys.readouterr().out
+    assert {"evaluation.json", "report.html"} <= {file.name for file in out.iterdir()}
