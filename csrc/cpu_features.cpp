@@ -45,6 +45,9 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && bit(Cpuid(7, 1).eax, 5); }
 
+#if defined(SAFR_EMULATE_AMX)
+bool has_amx() { return has_avx512_bf16(); }
+#else
 bool has_amx() {
   const uint32_t edx = Cpuid(7, 0).edx;
   const bool amx_bf16 = bit(edx, 22), amx_tile = bit(edx, 24);
@@ -53,6 +56,7 @@ bool has_amx() {
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
+#endif
 
 #endif
 

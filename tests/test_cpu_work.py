@@ -42,6 +42,8 @@ def row_energy_work(h: Tensor, **layout: Tensor) -> tuple[int, int]:
 @every_level
 @pytest.mark.parametrize(("T", "spare"), [(128, 1.2), (256, 1.12), (448, 1.12)])
 def test_the_token_path_makes_half_of_the_gram_matrix(level: str, T: int, spare: float) -> None:
+    if level.endswith("amx"):
+        spare = 1 + 32 / T  # its tiles are 32 × 32, and whole on the diagonal
     with forced(level):
         forward, backward = row_energy_work(normal(1, T, E))
     assert T * T * E / 2 <= forward <= spare * T * T * E / 2

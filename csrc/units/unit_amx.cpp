@@ -15,6 +15,9 @@
 #include "denormals.hpp"
 #include "fma.hpp"
 #include "pairs.hpp"
+#if defined(SAFR_EMULATE_AMX)
+#include "emulated_tiles.hpp"
+#endif
 
 namespace safr {
 namespace {
