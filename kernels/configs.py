@@ -42,14 +42,12 @@ _CONFIGS = {
     ("wide_backward", 32): Config(64, 32, 32, out=64),
     ("weight_product", 16): Config(64, 64, 0, out=128),
     ("weight_product", 32): Config(64, 32, 0, out=32),
-    ("repair_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
-    ("repair_backward", 32): Config(64, 32, 32, out=64),
     ("moment", 16): Config(64, 0, 64),
     ("moment", 32): Config(16, 0, 64),
-    ("quadratic_form", 16): Config(64, 0, 32, num_warps=8),
-    ("quadratic_form", 32): Config(64, 0, 32),
-    ("moment_backward", 16): Config(64, 0, 64, out=128, num_warps=8),
-    ("moment_backward", 32): Config(64, 0, 32, out=64),
+    ("quadratic_form", 16): Config(64, 32, 32, num_warps=8),
+    ("quadratic_form", 32): Config(64, 64, 32),
+    ("moment_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
+    ("moment_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
     ("softmax", 16): Config(64, 64, 64),
     ("softmax", 32): Config(64, 64, 32, num_warps=8),
     ("interaction", 16): Config(64, 64, 64),
@@ -62,23 +60,40 @@ _CONFIGS = {
     ("attention_block", 32): Config(32, 32, 32),
     ("packed", 16): Config(64, 64, 64),
     ("packed", 32): Config(32, 32, 32),
+    ("moment_and_short", 16): Config(64, 32, 64, num_warps=8),
+    ("moment_and_short", 32): Config(32, 64, 32, num_warps=8),
+    ("moment_and_short_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
+    ("moment_and_short_backward", 32): Config(32, 32, 32, out=64, num_warps=8),
 }
 _HOPPER = {
     ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
     ("moment", 32): Config(32, 0, 64, num_warps=8),
-    ("quadratic_form", 16): Config(64, 0, 64, num_warps=8),
+    ("quadratic_form", 16): Config(64, 64, 64, num_warps=8),
     ("interaction_block", 32): Config(64, 64, 32, num_warps=8),
     ("attention_block", 16): Config(64, 64, 64),
     ("attention_block", 32): Config(64, 64, 64, num_warps=8),
+    ("moment_and_short", 16): Config(64, 64, 64, num_warps=8),
+    ("moment_and_short", 32): Config(64, 64, 16, num_warps=8),
+    ("moment_and_short_backward", 32): Config(64, 32, 16, out=64, num_warps=8, num_stages=3),
 }
 _OVERRIDES = {
-    "ampere": {("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8)},
+    "ampere": {
+        ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
+        ("moment", 16): Config(64, 0, 64, num_warps=8),
+    },
     "hopper": _HOPPER,
     "blackwell": _HOPPER
     | {
         ("softmax", 32): Config(64, 64, 16, num_warps=8),
         ("interaction", 16): Config(64, 64, 64, num_warps=8),
         ("wide_backward", 16): Config(64, 64, 64, out=64, num_warps=8),
+        ("quadratic_form", 16): Config(64, 64, 32, num_warps=8),
+        ("quadratic_form", 32): Config(64, 32, 32),
+        ("moment", 16): Config(64, 0, 64, num_warps=8),
+        ("moment_and_short", 16): Config(64, 64, 64),
+        ("moment_and_short", 32): Config(32, 64, 32, num_warps=8),
+        ("moment_and_short_backward", 16): Config(64, 64, 64, out=64, num_warps=8),
+        ("moment_and_short_backward", 32): Config(32, 32, 16, out=64, num_warps=8),
     },
     "cdna": {
         ("token", 16): Config(64, 64, WIDEST_ROW),
@@ -88,16 +103,17 @@ _OVERRIDES = {
         ("wide", 32): Config(64, 64, 128),
         ("wide_backward", 32): Config(64, 64, 128, out=128),
         ("weight_product", 32): Config(64, 64, 0, out=128),
-        ("repair_backward", 32): Config(64, 64, 128, out=128),
         ("moment", 32): Config(64, 0, 128),
-        ("quadratic_form", 32): Config(64, 0, 128),
-        ("moment_backward", 32): Config(64, 0, 128, out=128),
+        ("quadratic_form", 32): Config(64, 64, 128),
+        ("moment_backward", 32): Config(64, 64, 128, out=128),
         ("softmax", 32): Config(64, 64, 128),
         ("interaction", 32): Config(64, 64, 64),
         ("query_key_gradient", 32): Config(64, 64, 128),
         ("interaction_block", 32): Config(64, 64, 64),
         ("attention_block", 32): Config(64, 64, 64),
         ("packed", 32): Config(64, 64, 64),
+        ("moment_and_short", 32): Config(64, 64, 128),
+        ("moment_and_short_backward", 32): Config(64, 64, 128, out=128),
     },
 }
 # On any GPU, for rows whose width is no multiple of ALIGNED: an element read alone takes registers for its address, so
@@ -109,14 +125,12 @@ _UNALIGNED = {
     ("wide", 32): Config(64, 32, 16, num_warps=8),
     ("wide_backward", 16): Config(64, 32, 32, out=32),
     ("wide_backward", 32): Config(64, 16, 16, out=32),
-    ("repair_backward", 16): Config(64, 32, 32, out=32),
-    ("repair_backward", 32): Config(64, 32, 16, out=32),
     ("moment", 16): Config(64, 0, 32, num_warps=8),
     ("moment", 32): Config(16, 0, 32),
-    ("quadratic_form", 16): Config(64, 0, 32),
-    ("quadratic_form", 32): Config(64, 0, 16, num_warps=8),
-    ("moment_backward", 16): Config(64, 0, 32, out=32, num_warps=8),
-    ("moment_backward", 32): Config(64, 0, 32, out=32, num_warps=8),
+    ("quadratic_form", 16): Config(64, 32, 32),
+    ("quadratic_form", 32): Config(64, 32, 16, num_warps=8),
+    ("moment_backward", 16): Config(64, 32, 32, out=32, num_warps=8),
+    ("moment_backward", 32): Config(64, 32, 32, out=32, num_warps=8),
     ("softmax", 16): Config(64, 64, 32, num_warps=8),
     ("softmax", 32): Config(64, 64, 16, num_warps=8),
     ("query_key_gradient", 16): Config(64, 32, 32, num_warps=8),
@@ -124,6 +138,10 @@ _UNALIGNED = {
     ("interaction_block", 16): Config(64, 64, 32, num_warps=8),
     ("interaction_block", 32): Config(32, 32, 16, num_warps=8),
     ("packed", 16): Config(64, 64, 32, num_warps=8),
+    ("moment_and_short", 16): Config(64, 32, 32, num_warps=8),
+    ("moment_and_short", 32): Config(32, 32, 16),
+    ("moment_and_short_backward", 16): Config(64, 32, 32, out=32),
+    ("moment_and_short_backward", 32): Config(64, 32, 16, out=32, num_warps=8),
 }
 
 
@@ -153,7 +171,7 @@ def keeps_rows(bits: int, width: int) -> bool:
 def moment_threshold(E: int, dtype: torch.dtype, precision: str) -> int:
     """Tokens from which the feature moment takes fewer operations than the token Gram, and enough to launch it.
 
-    It takes some ten launches to the Gram's two; of 16-bit products a GPU does 512² in less time than that.
+    It takes four launches or six to the Gram's two; of 16-bit products a GPU does 512² in less time than that.
     """
     return max(2 * E, 513 if dtype.itemsize == 2 else 256)
 

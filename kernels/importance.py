@@ -1,83 +1,100 @@
-"""The end of the importance loss: ``Σ_i √R_i / (√n2_i + ε)`` from the sums of primitive 1, and their gradients."""
+"""The importance loss ``Σ_i √R_i / (√n2_i + ε)``, at the end of the kernels that make its sums, and its gradients.
+
+Forward, each program stores what its tile adds, its *share*. The last program to arrive adds up all shares, always in
+the same order; which program that is, it learns from an integer, the *ticket*.
+"""
 
 import triton
 import triton.language as tl
 
-from .tiles import offset_of
+from .tiles import offset_of, sum_of
+
+BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
-def roots(energy_ptr, norm_ptr, t, N):
+def roots(energy, norm):
     """``√R``, ``√n2`` and whether their term is other than 0 by definition; 1 where it is not. NaN stays."""
-    energy = tl.load(energy_ptr + t, mask=t < N, other=0.0)
-    norm = tl.load(norm_ptr + t, mask=t < N, other=0.0)
     alive = (energy != 0) & (norm != 0)
     return tl.sqrt(tl.where(alive, energy, 1.0)), tl.sqrt(tl.where(alive, norm, 1.0)), alive
 
 
 @triton.jit
-def finish(total, count, scale, loss_ptr, factor_ptr, MEAN: tl.constexpr):
-    factor = scale
-    if MEAN:
-        factor = scale / tl.maximum(count, 1).to(tl.float32)
-    tl.store(loss_ptr, total * factor)
-    tl.store(factor_ptr, factor)
-
-
-@triton.jit(do_not_specialize=["N", "S"])
-def importance_kernel(
-    energy_ptr, norm_ptr, mask_ptr, cu_ptr, total_ptr, count_ptr, loss_ptr, factor_ptr,
-    N, S,
-    eps, scale,
-    BLOCK: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """One share of the sum, and of the number of real tokens; with ``loss_ptr``, which a single share has, the loss."""
-    share, shares = tl.program_id(0), tl.num_programs(0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    count = tl.zeros((BLOCK,), tl.int32)
-    for t0 in range(share * BLOCK, N, shares * BLOCK):
-        t = t0 + tl.arange(0, BLOCK)
-        root, length, alive = roots(energy_ptr, norm_ptr, t, N)
-        total += tl.where(alive, root / (length + eps), 0.0)
+def store_share(share, energy, norm, real, mask_ptr, share_ptr, count_ptr, eps):
+    """What the tokens of a tile add to the sum and, masked, how many are real."""
+    if share_ptr is not None:
+        root, length, alive = roots(energy, norm)
+        terms = tl.where(alive, root / (length + eps), 0.0)
+        one = share + tl.arange(0, 1)
+        tl.store(share_ptr + one, sum_of(terms[:, None]))
         if mask_ptr is not None:
-            count += tl.load(mask_ptr + t, mask=t < N, other=0).to(tl.int32)
-    total = tl.sum(total, 0)
-    real = tl.sum(count, 0)
-    if mask_ptr is None:
-        if cu_ptr is not None:
-            real = tl.where(share == 0, offset_of(S, cu_ptr, N), 0)
-        else:
-            real = tl.where(share == 0, N, 0)
-    if loss_ptr is not None:
-        finish(total, real, scale, loss_ptr, factor_ptr, MEAN)
-    else:
-        tl.store(total_ptr + share, total)
-        tl.store(count_ptr + share, real)
+            tl.store(count_ptr + one, sum_of(real.to(tl.int32)[:, None]))
 
 
 @triton.jit
+def total_of_shares(
+    mask_ptr, cu_ptr, share_ptr, count_ptr, loss_ptr, factor_ptr, shares, S, T, scale, MEAN: tl.constexpr
+):
+    """The loss, and what the sum was multiplied by."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for share0 in range(0, shares, BLOCK):
+        share = share0 + tl.arange(0, BLOCK)
+        total += tl.load(share_ptr + share, mask=share < shares, other=0.0, cache_modifier=".cg")
+        if mask_ptr is not None:
+            count += tl.load(count_ptr + share, mask=share < shares, other=0, cache_modifier=".cg")
+    factor = scale
+    if MEAN:
+        if mask_ptr is not None:
+            real = tl.sum(count, 0)
+        elif cu_ptr is not None:
+            real = offset_of(S, cu_ptr, T)
+        else:
+            real = tl.cast(S, tl.int64) * T
+        factor = scale / tl.maximum(real, 1).to(tl.float32)
+    tl.store(loss_ptr, tl.sum(total, 0) * factor)
+    tl.store(factor_ptr, factor)
+
+
+@triton.jit
+def finish_if_last(
+    mask_ptr, cu_ptr, share_ptr, count_ptr, ticket_ptr, loss_ptr, factor_ptr, shares, S, T, scale, MEAN: tl.constexpr
+):
+    """Finishes the loss in the last of the programs to arrive, and leaves the ticket at 0 for the next launch.
+
+    Taking a ticket releases what the program stored and acquires what the others did; the barrier puts the stores of
+    all threads before it.
+    """
+    if ticket_ptr is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+            total_of_shares(mask_ptr, cu_ptr, share_ptr, count_ptr, loss_ptr, factor_ptr, shares, S, T, scale, MEAN)
+            tl.store(ticket_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["shares", "S", "T"])
 def importance_total_kernel(
-    total_ptr, count_ptr, loss_ptr, factor_ptr, scale, SHARES: tl.constexpr, MEAN: tl.constexpr
+    mask_ptr, cu_ptr, share_ptr, count_ptr, loss_ptr, factor_ptr,
+    shares, S, T,
+    scale,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
-    """The loss from all shares."""
-    share = tl.arange(0, SHARES)
-    finish(
-        tl.sum(tl.load(total_ptr + share), 0), tl.sum(tl.load(count_ptr + share), 0), scale, loss_ptr, factor_ptr, MEAN
-    )
+    """The loss from all shares, where no ticket is to be had."""
+    total_of_shares(mask_ptr, cu_ptr, share_ptr, count_ptr, loss_ptr, factor_ptr, shares, S, T, scale, MEAN)
 
 
-@triton.jit(do_not_specialize=["N"])
-def importance_backward_kernel(
-    energy_ptr, norm_ptr, factor_ptr, grad_loss_ptr, grad_energy_ptr, grad_norm_ptr,
-    N,
-    eps,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``∂L/∂R_i`` and ``∂L/∂n2_i``; 0 where the term is."""
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    root, length, alive = roots(energy_ptr, norm_ptr, t, N)
-    half = 0.5 * tl.load(grad_loss_ptr) * tl.load(factor_ptr)
-    grad_energy = half / root / (length + eps)
-    grad_norm = -half * (root / (length + eps)) / ((length + eps) * length)
-    tl.store(grad_energy_ptr + t, tl.where(alive, grad_energy, 0.0), mask=t < N)
-    tl.store(grad_norm_ptr + t, tl.where(alive, grad_norm, 0.0), mask=t < N)
+@triton.jit
+def gradients_of(
+    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, token, keep, eps
+):
+    """``α_i = ∂L/∂R_i`` and ``β_i = ∂L/∂n2_i``, 0 of tokens not kept: as given or, if not, the importance loss's."""
+    if grad_energy_ptr is not None:
+        alpha = tl.load(grad_energy_ptr + row + token, mask=keep, other=0.0)
+        beta = tl.load(grad_norm_ptr + row + token, mask=keep, other=0.0)
+    else:
+        energy = tl.load(energy_ptr + row + token, mask=keep, other=0.0)
+        root, length, alive = roots(energy, tl.load(norm_ptr + row + token, mask=keep, other=0.0))
+        half = 0.5 * tl.load(grad_loss_ptr) * tl.load(factor_ptr)
+        alpha = tl.where(alive, half / root / (length + eps), 0.0)
+        beta = tl.where(alive, -half * (root / (length + eps)) / ((length + eps) * length), 0.0)
+    return alpha, beta

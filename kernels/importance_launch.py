@@ -1,40 +1,91 @@
-"""Launches the end of the importance loss."""
+"""What the forward kernels of primitive 1 are given to finish the importance loss, and where tickets come from."""
+
+import threading
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .importance import importance_backward_kernel, importance_kernel, importance_total_kernel
-from .tensors import as_bytes
+from .importance import importance_total_kernel
 
-BLOCK = 4096
-ALONE = 4 * BLOCK  # tokens that one program sums
-SHARES = 64  # of more tokens than that; a constant, so that the order of sums does not depend on the device
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def forward(
-    energy: Tensor, norm: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, eps: float, scale: float, mean: bool
-) -> tuple[Tensor, Tensor]:
-    N = energy.numel()
-    loss, factor = energy.new_empty(()), energy.new_empty(())
-    shares = 1 if N <= ALONE else SHARES
-    total, count = energy.new_empty(shares), energy.new_empty(shares, dtype=torch.int32)
-    alone = (loss, factor) if shares == 1 else (None, None)
-    importance_kernel[(shares,)](
-        energy.contiguous(), norm.contiguous(), as_bytes(mask), None if cu_seqlens is None else cu_seqlens.contiguous(),
-        total, count, *alone, N, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, eps, scale,
-        BLOCK=BLOCK, MEAN=mean, num_warps=16 if shares == 1 else 8,
-    )  # fmt: skip
-    if shares > 1:
-        importance_total_kernel[(1,)](total, count, loss, factor, scale, SHARES=SHARES, MEAN=mean)
-    return loss, factor
+class Loss:
+    """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean: shares of it, then the loss."""
+
+    def __init__(self, h: Tensor, eps: float, scale: float, mean: bool) -> None:
+        self.loss, self.factor = (h.new_empty((), dtype=torch.float32) for _ in range(2))
+        self.eps, self.scale, self.mean = eps, scale, mean
+        self.shares = 0
+        self.share = self.count = self.ticket = None
+
+    def expect(self, shares: int, h: Tensor, mask: Tensor | None, zeroed_before: bool) -> None:
+        """Room for so many shares, and a ticket if a kernel can set it to 0 before the last, or one at 0 is at hand."""
+        self.shares = shares
+        self.share = h.new_empty(shares, dtype=torch.float32)
+        self.count = None if mask is None else h.new_empty(shares, dtype=torch.int32)
+        self.ticket = h.new_empty(1, dtype=torch.int32) if zeroed_before else _ticket(h.device)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """For the kernel that finishes."""
+        finished = (None, None) if self.ticket is None else (self.loss, self.factor)
+        return self.share, self.count, self.ticket, *finished
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return {"shares": self.shares, "eps": self.eps, "scale": self.scale, "MEAN": self.mean}
+
+    def finish(self, mask: Tensor | None, cu_seqlens: Tensor | None, S: int, T: int, num_warps: int) -> None:
+        """Adds the shares up where no ticket is to be had. With the last kernel's warps the sums come out the same."""
+        if self.share is not None and self.ticket is None:
+            importance_total_kernel[(1,)](
+                mask, cu_seqlens, self.share, self.count, self.loss, self.factor, self.shares, S, T, self.scale,
+                MEAN=self.mean, num_warps=num_warps,
+            )  # fmt: skip
 
 
-def backward(energy: Tensor, norm: Tensor, factor: Tensor, grad_loss: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    grad_energy, grad_norm = (torch.empty_like(energy, memory_format=torch.contiguous_format) for _ in range(2))
-    if energy.numel() > 0:
-        importance_backward_kernel[(triton.cdiv(energy.numel(), 1024),)](
-            energy.contiguous(), norm.contiguous(), factor, grad_loss, grad_energy, grad_norm, energy.numel(), eps,
-            BLOCK=1024,
-        )  # fmt: skip
-    return grad_energy, grad_norm
+class NoLoss(Loss):
+    """Energies alone are wanted."""
+
+    def __init__(self) -> None:
+        self.eps, self.scale, self.mean, self.shares = 0.0, 0.0, False, 0
+        self.share = self.count = self.ticket = None
+
+    def expect(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _ticket(device: torch.device) -> Tensor | None:
+    """An integer at 0, which every launch leaves so: one a stream, since launches of one stream follow each other.
+
+    None while a CUDA graph is captured: two graphs captured on one stream may be replayed at once.
+    """
+    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return None
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    key = device, stream
+    if key not in _tickets:
+        made = _made_elsewhere(device) if on_gpu else torch.zeros(1, dtype=torch.int32, device=device)
+        return _tickets.setdefault(key, made)
+    return _tickets[key]
+
+
+def _made_elsewhere(device: torch.device) -> Tensor:
+    """Zeros from the ordinary memory pool, which another thread always uses.
+
+    ``torch.compile`` in mode "reduce-overhead" has this thread allocate from the pool of a graph while it warms up, and
+    takes what stays allocated there for a leak.
+    """
+    stream, made = torch.cuda.current_stream(device), []
+
+    def make() -> None:
+        with torch.cuda.stream(stream):
+            made.append(torch.zeros(1, dtype=torch.int32, device=device))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]

@@ -49,29 +49,41 @@ def row_energy_backward(
 
 
 def importance(
-    energy: Tensor,
-    squared_norm: Tensor,
+    h: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
     scale: float,
     mean: bool,
-) -> tuple[Tensor, Tensor]:
-    """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean, and what the sum was multiplied by."""
-    from . import importance_launch
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean, what the sum was multiplied by, and
+    what :func:`row_energy` gives, followed by the moments' Euclidean norms ``(slots,)``."""
+    from . import row_energy_launch
 
-    with torch.cuda.device_of(energy):
-        return importance_launch.forward(energy, squared_norm, mask, cu_seqlens, eps, scale, mean)
+    with torch.cuda.device_of(h):
+        return row_energy_launch.importance(h, mask, cu_seqlens, eps, scale, mean, save)
 
 
 def importance_backward(
-    energy: Tensor, squared_norm: Tensor, factor: Tensor, grad_loss: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the energy and of the squared norm."""
-    from . import importance_launch
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    squared_norm: Tensor,
+    moments: Tensor,
+    moment_norm: Tensor,
+    factor: Tensor,
+    grad_loss: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gradient of ``h``, from that of the loss."""
+    from . import row_energy_launch
 
-    with torch.cuda.device_of(energy):
-        return importance_launch.backward(energy, squared_norm, factor, grad_loss, eps)
+    with torch.cuda.device_of(h):
+        return row_energy_launch.importance_backward(
+            h, mask, cu_seqlens, energy, squared_norm, moments, moment_norm, factor, grad_loss, eps
+        )
 
 
 def interaction(

@@ -137,16 +137,18 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     def empty(*shape: int, dtype: Any = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
-    def row_energy(h: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
-        energy, norm, moments = row_energy_launch.forward(h, mask, cu_seqlens, True)
-        _, factor = importance_launch.forward(energy, norm, mask, cu_seqlens, 1e-5, 0.1, True)
-        grad_energy, grad_norm = importance_launch.backward(energy, norm, factor, factor, 1e-5)
-        row_energy_launch.backward(h, mask, cu_seqlens, energy, norm, moments, grad_energy, grad_norm)
+    def importance(h: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
+        _, factor, *sums = row_energy_launch.importance(h, mask, cu_seqlens, 1e-5, 0.1, True, True)
+        row_energy_launch.importance_backward(h, mask, cu_seqlens, *sums, factor, factor, 1e-5)
 
-    importance_launch.forward(*(empty(4, 8192, dtype=torch.float32) for _ in range(2)), None, None, 1e-5, 0.1, False)
+    def sums_alone(h: torch.Tensor, mask: torch.Tensor | None) -> None:
+        energy, norm, moments = row_energy_launch.forward(h, mask, None, True)
+        row_energy_launch.backward(h, mask, None, energy, norm, moments, energy, norm)
+
     mask, mask_of_8 = (empty(samples, 1024, dtype=torch.bool) for samples in (4, 8))
     cu_seqlens = empty(5, dtype=torch.int32)
-    row_energy(empty(4, 1024, 256), mask, None)
+    importance(empty(4, 1024, 256), mask, None)
+    importance(empty(4, 1024, 256), None, None)
     q, k = empty(4, 8, 1024, 128), empty(4, 2, 1024, 128)
     tokens = configs.config("interaction_block", 8 * dtype.itemsize, 64, q.device).rows
     short, short_mask = empty(4, 8, tokens, 64), empty(4, tokens, dtype=torch.bool)
@@ -157,10 +159,16 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     unaligned = empty(4, 8, 32, 40)
     interaction_launch.from_qk(unaligned, unaligned, None, 0.1, True, True, False, True)
     interaction_launch.from_attention(empty(4, 8, tokens, tokens), short_mask, True, True, True)
-    row_energy(empty(2048, 512), None, cu_seqlens)
-    row_energy(empty(4, 1024, 100), mask, None)
-    row_energy(empty(4, 256, 200), None, None)
-    row_energy(empty(8, 1024, 1024), mask_of_8, None)
+    importance(empty(2048, 512), None, cu_seqlens)
+    importance(empty(4, 1024, 100), mask, None)
+    importance(empty(4, 256, 200), None, None)
+    sums_alone(empty(4, 1024, 256), mask)
+    sums_alone(empty(4, 256, 256), None)
+    captured = importance_launch.Loss(q, 1e-5, 0.1, True)
+    captured.expect(4, q, None, zeroed_before=True)
+    captured.ticket = None
+    captured.finish(None, None, 4, 1024, 8)
+    importance(empty(8, 1024, 1024), mask_of_8, None)
     interaction_launch.from_qk(q, k, mask, 0.1, True, True, False, True)
     interaction_launch.from_qk(q, k, None, 0.1, False, True, False, False)
     interaction_launch.from_attention(empty(4, 8, 1024, 1024), mask, True, True, True)

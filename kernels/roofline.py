@@ -15,6 +15,7 @@ EXPONENTIALS = 132 * 16 * 1.7e9  # a second
 LAUNCH = 2.5e-6  # seconds from one kernel to the next, without a CUDA graph
 REACHED = 0.7  # of FLOPS, by kernels whose tiles meet in registers only once
 CACHED_BYTES, WORKSPACE_BYTES, FILLING_HEADS = 32 << 20, 256 << 20, 8  # as in interaction_launch
+PROGRAMS = 256  # as in row_energy_launch
 
 
 @dataclass(frozen=True)
@@ -71,27 +72,24 @@ def _time(seconds: float) -> str:
 def importance(B: int, T: int, E: int, aim: str) -> Shape:
     """Forward and backward in bfloat16. Each kernel reads h once from memory, or from L2 where all of it fits there."""
     rows = 2 * B * T * E  # bytes
+    sums = 8 * B * T
     place = "cache" if rows < CACHED_BYTES else "memory"
-    rest = [Work(memory=8 * B * T, launches=1 if B * T <= 16_384 else 2), Work(memory=16 * B * T)]
+    name = f"importance loss, B={B}, T={T}, E={E}"
     if T < 2 * E or T <= 512:
         gram = 2 * B * T * T * E
-        forward = Work(gram, memory=rows)
-        backward = Work(2 * gram, **{place: rows}, launches=1)
-        return Shape(f"importance loss, B={B}, T={T}, E={E}", 2 * gram, [forward, backward, *rest], aim)
+        return Shape(name, 2 * gram, [Work(gram, memory=rows + sums), Work(2 * gram, **{place: rows + sums})], aim)
     side = E // 64
     half = B * T * E * E * (1 + 1 / side)  # of S or S_α, tiles on the diagonal whole
     form = 4 * B * T * E * E  # S in two halves against h; S and S_α against h
     moments = 4 * B * E * E
+    launches = 1 if B * side * (side + 1) > PROGRAMS else 2  # with the sum of shares
     kernels = [
-        Work(half, memory=rows + moments, launches=3),  # with the sum of shares and the norm
-        Work(form, **{place: rows}),
-        Work(memory=8 * B * T),  # the repair that finds nothing to do
-        Work(half, **{place: rows}, launches=3),
-        Work(form, **{place: 2 * rows}),
-        Work(memory=8 * B * T),
-        *rest,
+        Work(half, memory=rows + moments, launches=launches),
+        Work(form, **{place: rows + sums}),
+        Work(half, **{place: rows + sums}, launches=launches),
+        Work(form, **{place: 2 * rows + sums}),
     ]
-    return Shape(f"importance loss, B={B}, T={T}, E={E}", 2 * half + 2 * form, kernels, aim)
+    return Shape(name, 2 * half + 2 * form, kernels, aim)
 
 
 def interaction(heads: int, T: int, D: int, aim: str) -> Shape:

@@ -6,18 +6,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .row_energy_moment import moment_backward_kernel, moment_kernel, quadratic_form_kernel
-from .row_energy_repair import row_energy_repair_backward_kernel, row_energy_repair_kernel
+from .importance_launch import Loss, NoLoss
+from .row_energy_moment import (
+    moment_and_short_kernel,
+    moment_backward_kernel,
+    moment_kernel,
+    moment_total_kernel,
+    quadratic_form_kernel,
+    weighted_moment_and_short_kernel,
+    weighted_moment_kernel,
+)
 from .row_energy_symmetric import row_energy_symmetric_kernel, row_energy_total_kernel
 from .row_energy_token import row_energy_token_backward_kernel, row_energy_token_kernel
 from .row_energy_weights import row_energy_weight_kernel, row_energy_weight_product_kernel
 from .row_energy_wide import row_energy_wide_backward_kernel, row_energy_wide_kernel
-from .tensors import readable, spans
+from .tensors import as_bytes, readable, spans
 
 NEVER = 2**31 - 1
 PARTIAL_BYTES = 64 << 20
 WEIGHT_BYTES = 256 << 20  # or one sample's
 MANY_OPERATIONS = 1 << 33  # to save, so that a second launch is worth it
+TOTAL_BLOCK = 1024
 PROGRAMS = 256  # fills a large GPU twice; a constant, so that the order of sums does not depend on the device
 
 
@@ -34,7 +43,7 @@ class Batch:
         self.slots = configs.moment_slots(h.shape, self.packed, h.dtype, precision)
         self.threshold = threshold if self.slots else NEVER
         self.some_short = self.slots == 0 or self.packed or mask is not None
-        self.mask, self.spans = spans(mask)
+        self.mask, self.span = as_bytes(mask), None
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.guard = configs.moment_guard(h.dtype)
         self.precision = configs.product_precision(h.dtype, h.device)
@@ -43,17 +52,34 @@ class Batch:
         self.derived_bits = self.derived.primitive_bitwidth
 
     @property
-    def gram_operations(self) -> int:
-        return 2 * self.S * self.T**2 * self.E
+    def is_empty(self) -> bool:
+        return self.h.numel() == 0 or self.S == 0
+
+    def halves_gram(self, config: configs.Config, times: int = 1) -> bool:
+        """Whether to make half of the Gram matrix, in a launch more: tiles have mirror images that a launch can count,
+        and enough operations are saved. Rows that a program can keep whole take kernels of their own."""
+        square = config.rows == config.columns and not self.packed
+        operations = times * 2 * self.S * self.T**2 * self.E
+        return square and operations >= MANY_OPERATIONS and not configs.keeps_rows(self.bits, self.E)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.h, self.mask, self.spans, self.cu_seqlens
+        return self.h, self.mask, self.span, self.cu_seqlens
 
     @property
     def sizes(self) -> tuple[int, ...]:
         strides = (0, self.h.stride(0)) if self.packed else self.h.stride()[:2]
         return self.S, self.T, self.E, self.threshold, *strides
+
+    def make_room_for_spans(self) -> None:
+        """Of each sample's real tokens, for the kernel of the moments to find and those after it to read: (S, 3)."""
+        if self.mask is not None:
+            self.span = self.h.new_empty(self.S, 3, dtype=torch.int32)
+
+    def find_spans(self) -> None:
+        """For kernels of which each program would have to find them anew."""
+        if self.span is None:
+            self.mask, self.span = spans(self.mask)
 
     def tiles(self, rows: int) -> int:
         """Slots for the tiles of all sequences, see ``tiles.tile_of``."""
@@ -63,21 +89,48 @@ class Batch:
         return configs.config(kernel, bits, self.E, self.h.device)
 
 
+class Gradients:
+    """What the backward kernels read: the sums of the forward pass, and their gradients or the importance loss's."""
+
+    def __init__(
+        self,
+        energy: Tensor,
+        norm: Tensor,
+        grad_energy: Tensor | None = None,
+        grad_norm: Tensor | None = None,
+        grad_loss: Tensor | None = None,
+        factor: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        self.sums = energy, norm
+        self.given = grad_energy, grad_norm, grad_loss, factor
+        self.eps = eps
+
+
 def forward(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    energy = _rows_to_write(h, cu_seqlens, h.shape[:-1], torch.float32)
-    norm = _rows_to_write(h, cu_seqlens, h.shape[:-1], torch.float32)
+    # Rows of packed input may belong to no sequence, and without tokens nothing is launched.
+    make = torch.empty if cu_seqlens is None and h.numel() > 0 else torch.zeros
+    energy, norm = (make(h.shape[:-1], dtype=torch.float32, device=h.device) for _ in range(2))
     batch = Batch(h, mask, cu_seqlens)
-    moments = energy.new_empty(batch.slots, batch.E, batch.E)
-    if h.numel() > 0 and batch.S > 0:
-        if batch.slots > 0:
-            _launch_moment(batch, moments)
-            _launch_quadratic_form(batch, moments, energy, norm)
-            _launch_repair(batch, energy, norm, _norm_of(moments))
-        if batch.some_short:
-            _launch_token(batch, energy, norm)
+    moments, _ = _forward(batch, energy, norm, NoLoss())
     return energy, norm, moments if save_moments else moments.new_empty(0, batch.E, batch.E)
+
+
+def importance(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, eps: float, scale: float, mean: bool, save: bool
+) -> tuple[Tensor, ...]:
+    energy, norm = (h.new_empty(h.shape[:-1], dtype=torch.float32) for _ in range(2))
+    batch = Batch(h, mask, cu_seqlens)
+    loss = Loss(h, eps, scale, mean)
+    moments, moment_norm = _forward(batch, energy, norm, loss)
+    if batch.is_empty:
+        loss.loss.zero_()
+        loss.factor.zero_()
+    if not save:
+        moments, moment_norm = moments.new_empty(0, batch.E, batch.E), moments.new_empty(0)
+    return loss.loss, loss.factor, energy, norm, moments, moment_norm
 
 
 def backward(
@@ -90,91 +143,146 @@ def backward(
     grad_energy: Tensor,
     grad_norm: Tensor,
 ) -> Tensor:
-    grad_h = _rows_to_write(h, cu_seqlens, h.shape, h.dtype)
-    batch = Batch(h, mask, cu_seqlens)
-    if h.numel() > 0 and batch.S > 0:
-        energy, norm, grad_energy, grad_norm = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
-        if batch.slots > 0:
-            weighted = torch.empty_like(moments)
-            rows = energy, norm, _norm_of(moments), grad_energy
-            _launch_moment(batch, weighted, *rows)
-            _launch_moment_backward(batch, moments, weighted, *rows, grad_norm, grad_h)
-            _launch_repair_backward(batch, *rows, grad_norm, grad_h)
-        if batch.some_short:
-            _launch_token_backward(batch, grad_energy, grad_norm, grad_h)
+    rows = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
+    moment_norm = torch.linalg.vector_norm(moments, dim=(1, 2))
+    return _backward(Batch(h, mask, cu_seqlens), moments, moment_norm, Gradients(*rows))
+
+
+def importance_backward(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    norm: Tensor,
+    moments: Tensor,
+    moment_norm: Tensor,
+    factor: Tensor,
+    grad_loss: Tensor,
+    eps: float,
+) -> Tensor:
+    gradients = Gradients(energy, norm, grad_loss=grad_loss, factor=factor, eps=eps)
+    return _backward(Batch(h, mask, cu_seqlens), moments, moment_norm, gradients)
+
+
+def _forward(batch: Batch, energy: Tensor, norm: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Fills ``energy``, ``norm`` and ``loss``, and returns the moments and their Euclidean norms: (slots,)."""
+    moments, moment_norm = energy.new_empty(batch.slots, batch.E, batch.E), energy.new_empty(batch.slots)
+    if batch.is_empty:
+        return moments, moment_norm
+    wide = batch.config("wide", batch.bits)
+    halved = batch.some_short and batch.halves_gram(wide)
+    if batch.slots == 0:
+        if halved:
+            loss.expect(batch.tiles(wide.rows), batch.h, batch.mask, zeroed_before=True)
+            _launch_symmetric(batch, wide, energy, norm, loss, 0)
+        else:
+            _launch_token(batch, energy, norm, loss)
+        return moments, moment_norm
+    batch.make_room_for_spans()
+    form = batch.config("quadratic_form", batch.derived_bits)
+    joined = batch.some_short and not halved
+    short = batch.config("moment_and_short", batch.bits) if joined else wide
+    long_tiles = batch.tiles(form.rows)
+    short_tiles = batch.tiles(short.rows) if batch.some_short else 0
+    loss.expect(long_tiles + short_tiles, batch.h, batch.mask, zeroed_before=True)
+    squares = _launch_moment(batch, moments, loss, (energy, norm) if joined else None, short_tiles, long_tiles)
+    if halved:
+        _launch_symmetric(batch, wide, energy, norm, loss, long_tiles)
+    quadratic_form_kernel[(long_tiles,)](
+        *batch.tensors, moments, squares, energy, norm, moment_norm, *loss.tensors, *batch.sizes,
+        squares.shape[1], batch.guard, **loss.numbers,
+        BLOCK_T=form.rows, BLOCK_J=form.columns, BLOCK_E=form.features, DERIVED=batch.derived,
+        PRECISION=batch.precision, **form.execution,
+    )  # fmt: skip
+    return moments, moment_norm
+
+
+def _backward(batch: Batch, moments: Tensor, moment_norm: Tensor, gradients: Gradients) -> Tensor:
+    if batch.is_empty:
+        return torch.zeros_like(batch.h, memory_format=torch.contiguous_format)
+    grad_h = torch.empty_like(batch.h, memory_format=torch.contiguous_format)
+    repeats = triton.cdiv(batch.E, batch.config("wide_backward", batch.derived_bits).out) - 1
+    stores_weights = batch.some_short and batch.halves_gram(batch.config("wide", batch.bits), repeats)
+    stores_weights = stores_weights and not configs.keeps_rows(batch.derived_bits, batch.E)
+    if batch.slots > 0:
+        batch.make_room_for_spans()
+        weighted = torch.empty_like(moments)
+        joined = batch.some_short and not stores_weights
+        _launch_weighted_moment(batch, weighted, moment_norm, gradients, grad_h if joined else None)
+    if stores_weights:
+        _launch_weights(batch, gradients, grad_h)
+    elif batch.slots == 0:
+        _launch_token_backward(batch, gradients, grad_h)
+    if batch.slots > 0:
+        config = batch.config("moment_backward", batch.derived_bits)
+        moment_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
+            *batch.tensors, moments, weighted, *gradients.sums, moment_norm, *gradients.given, grad_h, *batch.sizes,
+            batch.guard, gradients.eps,
+            BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
+            DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+        )  # fmt: skip
     return grad_h
 
 
-def _rows_to_write(h: Tensor, cu_seqlens: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros where rows may belong to no sequence, or nothing is launched; kernels write those of padding themselves."""
-    make = torch.empty if cu_seqlens is None and h.numel() > 0 else torch.zeros
-    return make(shape, dtype=dtype, device=h.device)
-
-
-def _norm_of(moments: Tensor) -> Tensor:
-    """Euclidean norm of each moment, which tells what rounding leaves in it: (slots,)."""
-    return torch.linalg.vector_norm(moments, dim=(1, 2))
-
-
-def _launch_token(batch: Batch, energy: Tensor, norm: Tensor) -> None:
+def _launch_token(batch: Batch, energy: Tensor, norm: Tensor, loss: Loss) -> None:
     if configs.keeps_rows(batch.bits, batch.E):
         kernel, config = row_energy_token_kernel, batch.config("token", batch.bits)
     else:
-        config = batch.config("wide", batch.bits)
-        if _is_square(batch, config) and batch.gram_operations >= MANY_OPERATIONS:
-            _launch_symmetric(batch, config, energy, norm)
-            return
-        kernel = row_energy_wide_kernel
-    kernel[(batch.tiles(config.rows),)](
-        *batch.tensors, energy, norm, *batch.sizes,
+        kernel, config = row_energy_wide_kernel, batch.config("wide", batch.bits)
+    tiles = batch.tiles(config.rows)
+    loss.expect(tiles, batch.h, batch.mask, zeroed_before=False)
+    kernel[(tiles,)](
+        *batch.tensors, energy, norm, *loss.tensors, *batch.sizes, **loss.numbers,
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
         **config.execution,
     )  # fmt: skip
+    loss.finish(batch.mask, batch.cu_seqlens, batch.S, batch.T, config.num_warps)
 
 
-def _is_square(batch: Batch, config: configs.Config) -> bool:
-    """Whether tiles of the Gram matrix have mirror images that a launch can count."""
-    return config.rows == config.columns and not batch.packed
-
-
-def _launch_symmetric(batch: Batch, config: configs.Config, energy: Tensor, norm: Tensor) -> None:
+def _launch_symmetric(
+    batch: Batch, config: configs.Config, energy: Tensor, norm: Tensor, loss: Loss, first_share: int
+) -> None:
+    batch.find_spans()
     h, mask, span, _ = batch.tensors
     tiles = triton.cdiv(batch.T, config.rows)
     partial = energy.new_empty(batch.S, tiles, batch.T)
     sizes = (batch.T, batch.E, batch.threshold, tiles, *h.stride()[:2])
+    share, count, ticket, *finished = loss.tensors
+    if batch.slots > 0:  # the long sequences finish
+        ticket, finished = None, (None, None)
     row_energy_symmetric_kernel[(tiles * tiles * batch.S,)](
-        h, mask, span, partial, *sizes,
+        h, mask, span, partial, ticket, *sizes,
         BLOCK_T=config.rows, BLOCK_E=config.features, PRECISION=batch.precision, **config.execution,
     )  # fmt: skip
     row_energy_total_kernel[(tiles * batch.S,)](
-        h, mask, span, partial, energy, norm, batch.S, *sizes, BLOCK_T=config.rows, BLOCK_E=config.features,
+        h, mask, span, partial, energy, norm, share, count, ticket, *finished, batch.S, *sizes,
+        first_share, **loss.numbers,
+        BLOCK_T=config.rows, BLOCK_E=config.features,
     )  # fmt: skip
 
 
-def _launch_token_backward(batch: Batch, grad_energy: Tensor, grad_norm: Tensor, grad_h: Tensor) -> None:
-    tensors = (*batch.tensors, grad_energy, grad_norm, grad_h)
+def _launch_token_backward(batch: Batch, gradients: Gradients, grad_h: Tensor) -> None:
+    tensors = (*batch.tensors, *gradients.sums, *gradients.given, grad_h)
     if configs.keeps_rows(batch.derived_bits, batch.E):
         config = batch.config("token_backward", batch.derived_bits)
         row_energy_token_backward_kernel[(batch.tiles(config.rows),)](
-            *tensors, *batch.sizes,
+            *tensors, *batch.sizes, gradients.eps,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features,
             DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
         )  # fmt: skip
     else:
         config = batch.config("wide_backward", batch.derived_bits)
-        repeats = triton.cdiv(batch.E, config.out) - 1
-        if _is_square(batch, batch.config("wide", batch.bits)) and repeats * batch.gram_operations >= MANY_OPERATIONS:
-            _launch_weights(batch, grad_energy, grad_norm, grad_h)
-            return
         row_energy_wide_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
-            *tensors, *batch.sizes,
+            *tensors, *batch.sizes, gradients.eps,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
             DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
         )  # fmt: skip
 
 
-def _launch_weights(batch: Batch, grad_energy: Tensor, grad_norm: Tensor, grad_h: Tensor) -> None:
+def _launch_weights(batch: Batch, gradients: Gradients, grad_h: Tensor) -> None:
+    batch.find_spans()
     h, mask, span, _ = batch.tensors
+    rows = (*gradients.sums, *gradients.given)
     gram, out = batch.config("wide", batch.bits), batch.config("weight_product", batch.derived_bits)
     tiles = triton.cdiv(batch.T, gram.rows)
     pitch = tiles * gram.rows
@@ -184,70 +292,79 @@ def _launch_weights(batch: Batch, grad_energy: Tensor, grad_norm: Tensor, grad_h
     for sample0 in range(0, batch.S, samples):
         count = min(samples, batch.S - sample0)
         row_energy_weight_kernel[(tiles * tiles * count,)](
-            h, mask, span, grad_energy, weights, batch.T, batch.E, batch.threshold, tiles, sample0, *h.stride()[:2],
+            h, mask, span, *rows, weights, batch.T, batch.E, batch.threshold, tiles, sample0, *h.stride()[:2],
+            gradients.eps,
             BLOCK_T=gram.rows, BLOCK_E=gram.features, PRECISION=batch.precision, **gram.execution,
         )  # fmt: skip
         row_energy_weight_product_kernel[(pitch // out.rows * count, triton.cdiv(batch.E, out.out))](
-            h, mask, span, grad_norm, weights, grad_h,
-            batch.T, batch.E, batch.threshold, pitch, sample0, *h.stride()[:2],
+            h, mask, span, *rows, weights, grad_h,
+            batch.T, batch.E, batch.threshold, pitch, sample0, *h.stride()[:2], gradients.eps,
             BLOCK_T=out.rows, BLOCK_K=out.columns, BLOCK_OUT=out.out, PRECISION=batch.precision, **out.execution,
         )  # fmt: skip
 
 
 def _launch_moment(
-    batch: Batch,
-    moments: Tensor,
-    energy: Tensor | None = None,
-    norm: Tensor | None = None,
-    moment_norm: Tensor | None = None,
-    grad_energy: Tensor | None = None,
+    batch: Batch, moments: Tensor, loss: Loss, short: tuple[Tensor, Tensor] | None, short_tiles: int, first_share: int
+) -> Tensor:
+    """Fills ``moments``, and ``short``'s sums of the sequences that are, if given. Returns partial sums of the moments'
+    squares: (slots, any number)."""
+    config = batch.config("moment" if short is None else "moment_and_short", batch.bits)
+    shares, partial, programs = _shared_out(batch, moments, config)
+    pairs = programs // (shares * batch.slots)
+    squares = moments.new_empty(batch.slots, pairs if shares == 1 else triton.cdiv(batch.E**2, TOTAL_BLOCK))
+    tensors = (*batch.tensors, partial, squares if shares == 1 else None, loss.ticket)
+    if short is None:
+        moment_kernel[(programs,)](
+            *tensors, *batch.sizes, batch.slots, shares,
+            BLOCK_T=config.rows, BLOCK_E=config.features, PRECISION=batch.precision, **config.execution,
+        )  # fmt: skip
+    else:
+        moment_and_short_kernel[(programs + short_tiles,)](
+            *tensors, *short, loss.share, loss.count, *batch.sizes,
+            batch.slots, shares, programs, first_share, loss.eps,
+            BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
+            **config.execution,
+        )  # fmt: skip
+    _add_shares(partial, moments, squares)
+    return squares
+
+
+def _launch_weighted_moment(
+    batch: Batch, weighted: Tensor, moment_norm: Tensor, gradients: Gradients, grad_h: Tensor | None
 ) -> None:
-    """Fills ``moments``, weighted by ``grad_energy`` if given. Long sequences are shared out, and the shares summed."""
-    config = batch.config("moment", batch.bits if grad_energy is None else batch.derived_bits)
-    pairs = triton.cdiv(batch.E, config.features) ** 2
+    """Fills the moments weighted by ``α``, and the rows of ``grad_h``, if given, of the sequences that are short."""
+    config = batch.config("moment" if grad_h is None else "moment_and_short_backward", batch.derived_bits)
+    shares, partial, programs = _shared_out(batch, weighted, config)
+    tensors = (*batch.tensors, *gradients.sums, moment_norm, *gradients.given, partial)
+    if grad_h is None:
+        weighted_moment_kernel[(programs,)](
+            *tensors, *batch.sizes, batch.slots, shares, batch.guard, gradients.eps,
+            BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
+            **config.execution,
+        )  # fmt: skip
+    else:
+        short_tiles = batch.tiles(config.rows) * triton.cdiv(batch.E, config.out)
+        weighted_moment_and_short_kernel[(programs + short_tiles,)](
+            *tensors, grad_h, *batch.sizes, batch.slots, shares, programs, batch.guard, gradients.eps,
+            BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
+            DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
+        )  # fmt: skip
+    _add_shares(partial, weighted, None)
+
+
+def _shared_out(batch: Batch, moments: Tensor, config: configs.Config) -> tuple[int, Tensor, int]:
+    """Into how many shares the tokens of a sequence are cut, room for what each adds to the moments, and programs."""
+    tiles = triton.cdiv(batch.E, config.features)
+    pairs = tiles * (tiles + 1) // 2
     most = min(PARTIAL_BYTES // (4 * moments.numel()), triton.cdiv(batch.T, 4 * config.rows))
     shares = max(1, min(PROGRAMS // (pairs * batch.slots), most))
-    partial = moments.new_empty(shares, *moments.shape) if shares > 1 else moments
-    moment_kernel[(pairs * batch.slots, shares)](
-        *batch.tensors, energy, norm, moment_norm, grad_energy, partial, *batch.sizes, batch.guard,
-        BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
-        **config.execution,
-    )  # fmt: skip
-    if shares > 1:
-        torch.sum(partial, 0, out=moments)
+    partial = moments if shares == 1 else moments.new_empty(shares, *moments.shape)
+    return shares, partial, pairs * batch.slots * shares
 
 
-def _launch_quadratic_form(batch: Batch, moments: Tensor, energy: Tensor, norm: Tensor) -> None:
-    config = batch.config("quadratic_form", batch.derived_bits)
-    quadratic_form_kernel[(batch.tiles(config.rows),)](
-        *batch.tensors, moments, energy, norm, *batch.sizes,
-        BLOCK_T=config.rows, BLOCK_E=config.features, DERIVED=batch.derived, PRECISION=batch.precision,
-        **config.execution,
-    )  # fmt: skip
-
-
-def _launch_repair(batch: Batch, energy: Tensor, norm: Tensor, moment_norm: Tensor) -> None:
-    config = batch.config("wide", batch.bits)
-    row_energy_repair_kernel[(batch.tiles(config.rows),)](
-        *batch.tensors, energy, norm, moment_norm, *batch.sizes, batch.guard,
-        BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
-        **config.execution,
-    )  # fmt: skip
-
-
-def _launch_moment_backward(batch: Batch, moments: Tensor, weighted: Tensor, *rows_and_grad_h: Tensor) -> None:
-    config = batch.config("moment_backward", batch.derived_bits)
-    moment_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
-        *batch.tensors, moments, weighted, *rows_and_grad_h, *batch.sizes, batch.guard,
-        BLOCK_T=config.rows, BLOCK_E=config.features, BLOCK_OUT=config.out,
-        DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
-    )  # fmt: skip
-
-
-def _launch_repair_backward(batch: Batch, *rows_and_grad_h: Tensor) -> None:
-    config = batch.config("repair_backward", batch.derived_bits)
-    row_energy_repair_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
-        *batch.tensors, *rows_and_grad_h, *batch.sizes, batch.guard,
-        BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
-        DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
-    )  # fmt: skip
+def _add_shares(partial: Tensor, moments: Tensor, squares: Tensor | None) -> None:
+    if partial is not moments:
+        slots, size = moments.shape[0], moments.shape[1] ** 2
+        moment_total_kernel[(slots, triton.cdiv(size, TOTAL_BLOCK))](
+            partial, moments, squares, size, partial.shape[0], BLOCK=TOTAL_BLOCK
+        )

@@ -2,26 +2,30 @@
 
 ``R_i = h_iᵀ S h_i − n2_i²``, and ``∂L/∂h_i = 2 [α_i S h_i + S_α h_i − 2 α_i n2_i h_i + β_i h_i]`` with
 ``S_α = Σ_j α_j h_j h_jᵀ``. Sequences of ``threshold`` tokens or more take this path. Padded, a sequence's slot is its
-number; packed, ``cu[s] // threshold``, which no two sequences that long can share.
+number; packed, ``cu[s] // threshold``, which no two sequences that long can share. The shorter sequences of a batch
+are programs of the launch that makes the moments, whose first programs make those.
 """
 
 import triton
 import triton.language as tl
 
-from .row_energy_repair import cancels, rms_eigenvalue
+from .importance import finish_if_last, gradients_of, store_share
+from .row_energy_repair import add_direct, cancelled, repaired, rms_eigenvalue
+from .row_energy_tile import clear_rows_of_none, tile_of_rows
+from .row_energy_wide import wide_backward_tile, wide_tile
 from .tiles import (
-    count_of,
     first_row,
-    is_written,
     last_sequence,
     load_rows,
+    mask_span,
     product,
     real_tokens,
     sequence_ptr,
     slot_of,
     span_of,
     store_rows,
-    tile_of_rows,
+    store_span,
+    sum_of,
 )
 
 
@@ -34,45 +38,62 @@ def sequence_in(slot, cu_ptr, S, T, threshold):
     return sequence
 
 
-@triton.jit(do_not_specialize=["S", "T", "threshold"])
-def moment_kernel(
-    h_ptr, mask_ptr, span_ptr, cu_ptr, energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, moment_ptr,
-    S, T, E, threshold,
-    stride_hb, stride_ht,
-    guard,
+@triton.jit
+def below_diagonal(pair):
+    """Row and column of the tiles on and below the diagonal, numbered row by row."""
+    row = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where((row + 1) * (row + 2) // 2 <= pair, row + 1, row)  # were the root rounded down
+    row = tl.where(row * (row + 1) // 2 > pair, row - 1, row)
+    return row, pair - row * (row + 1) // 2
+
+
+@triton.jit
+def moment_tile(
+    program, h_ptr, mask_ptr, span_ptr, cu_ptr,
+    energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
+    moment_ptr, squares_ptr,
+    S, T, E, threshold, stride_hb, stride_ht, slots, shares, guard, eps,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, DERIVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One share of ``Σ_t h_t h_tᵀ``, to (shares, slots, E, E); with ``grad_energy`` each token weighs ``α_t``.
+    """One share of ``Σ_t h_t h_tᵀ``, to (shares, slots, E, E); with ``energy_ptr`` each token weighs ``α_t``.
 
     Tokens whose energy cancels weigh 0 there: their share is made directly. A slot that no sequence owns becomes 0.
+    With ``squares_ptr``, which a single share has, the sum of squares of the tile and its mirror image goes there.
+    Where there is a mask, the span of its sample is found, and stored.
     """
-    share, shares = tl.program_id(1), tl.num_programs(1)
     tiles = tl.cdiv(E, BLOCK_E)
-    slots = tl.num_programs(0) // (tiles * tiles)
-    slot = tl.program_id(0) % slots
-    a_tile, b_tile = tl.program_id(0) // slots // tiles, tl.program_id(0) // slots % tiles
-    if b_tile > a_tile:  # S is symmetric
-        return
+    pairs = tiles * (tiles + 1) // 2
+    slot, pair, share = program % slots, program // slots % pairs, program // (slots * pairs)
+    a_tile, b_tile = below_diagonal(pair)
     sequence = sequence_in(slot, cu_ptr, S, T, threshold)
     row = first_row(sequence, cu_ptr, T)
-    owned = (count_of(sequence, cu_ptr, span_ptr, T) >= threshold) & (slot_of(sequence, cu_ptr, T, threshold) == slot)
-    stop = tl.where(owned, span_of(sequence, cu_ptr, span_ptr, T)[1], 0)
+    if mask_ptr is not None:
+        begin, stop, count = mask_span(mask_ptr + row, T, 1024)
+        if program < slots:
+            store_span(span_ptr, sequence, begin, stop, count)
+    else:
+        stop = span_of(sequence, cu_ptr, None, T)[1]
+        count = stop
+    owned = (count >= threshold) & (slot_of(sequence, cu_ptr, T, threshold) == slot)
+    stop = tl.where(owned, stop, 0)
     h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
     a = a_tile * BLOCK_E + tl.arange(0, BLOCK_E)
     b = b_tile * BLOCK_E + tl.arange(0, BLOCK_E)
     tokens = tl.cdiv(tl.cdiv(stop, BLOCK_T), shares) * BLOCK_T
 
-    if grad_energy_ptr is not None:
-        floor = rms_eigenvalue(moment_norm_ptr + slot, E)
+    if energy_ptr is not None:
+        floor = rms_eigenvalue(tl.load(moment_norm_ptr + slot), E)
     moment = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
     for t0 in range(share * tokens, tl.minimum((share + 1) * tokens, stop), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         real = real_tokens(t, stop, row, mask_ptr)
         h_a = load_rows(h_ptr, t0, stride_ht, real, a, E, BLOCK_T)
         h_b = load_rows(h_ptr, t0, stride_ht, real, b, E, BLOCK_T)
-        if grad_energy_ptr is not None:
-            by_moment = real & (cancels(energy_ptr + row, norm_ptr + row, t, real, guard, floor) == 0)
-            alpha = tl.load(grad_energy_ptr + row + t, mask=by_moment, other=0.0)
+        if energy_ptr is not None:
+            by_moment = real & (cancelled(energy_ptr, norm_ptr, row, t, real, guard, floor) == 0)
+            alpha = gradients_of(
+                energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, t, by_moment, eps
+            )[0]
             h_a = h_a.to(DERIVED)
             h_b = (alpha[:, None] * h_b.to(tl.float32)).to(DERIVED)
         moment = product(h_a.trans(), h_b, moment, PRECISION)
@@ -81,28 +102,157 @@ def moment_kernel(
     store_rows(moment_ptr, a_tile * BLOCK_E, a < E, b, E, moment, BLOCK_E)
     if b_tile < a_tile:
         store_rows(moment_ptr, b_tile * BLOCK_E, b < E, a, E, moment.trans(), BLOCK_E)
+    if squares_ptr is not None:
+        times = tl.where(b_tile < a_tile, 2.0, 1.0)
+        tl.store(squares_ptr + slot * pairs + pair + tl.arange(0, 1), times * sum_of(moment * moment))
 
 
-@triton.jit(do_not_specialize=["S", "T", "threshold"])
-def quadratic_form_kernel(
-    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, energy_ptr, norm_ptr,
+@triton.jit(do_not_specialize=["S", "T", "threshold", "slots", "shares"])
+def moment_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, squares_ptr, ticket_ptr,
     S, T, E, threshold,
     stride_hb, stride_ht,
+    slots, shares,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The moments, and the ticket at 0 for the kernel that finishes the loss."""
+    if ticket_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(ticket_ptr, 0)
+    moment_tile(
+        tl.program_id(0), h_ptr, mask_ptr, span_ptr, cu_ptr, None, None, None, None, None, None, None,
+        moment_ptr, squares_ptr, S, T, E, threshold, stride_hb, stride_ht, slots, shares, 0.0, 0.0,
+        BLOCK_T, BLOCK_E, tl.float32, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["S", "T", "threshold", "slots", "shares", "programs", "first_share"])
+def moment_and_short_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, squares_ptr, ticket_ptr,
+    energy_ptr, norm_ptr, share_ptr, count_ptr,
+    S, T, E, threshold,
+    stride_hb, stride_ht,
+    slots, shares, programs, first_share, eps,
+    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same in the first ``programs``; in the others the energies of the sequences without a moment."""
+    if ticket_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(ticket_ptr, 0)
+    if tl.program_id(0) < programs:
+        moment_tile(
+            tl.program_id(0), h_ptr, mask_ptr, span_ptr, cu_ptr, None, None, None, None, None, None, None,
+            moment_ptr, squares_ptr, S, T, E, threshold, stride_hb, stride_ht, slots, shares, 0.0, 0.0,
+            BLOCK_T, BLOCK_E, tl.float32, PRECISION,
+        )  # fmt: skip
+    else:
+        tile = tl.program_id(0) - programs
+        wide_tile(
+            tile, h_ptr, mask_ptr, None, cu_ptr, energy_ptr, norm_ptr, first_share + tile, share_ptr, count_ptr,
+            S, T, E, threshold, stride_hb, stride_ht, eps, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["S", "T", "threshold", "slots", "shares"])
+def weighted_moment_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr,
+    energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, moment_ptr,
+    S, T, E, threshold,
+    stride_hb, stride_ht,
+    slots, shares, guard, eps,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, DERIVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``R_i = h_iᵀ S h_i − n2_i²``, never below 0."""
-    h_ptr, sequence, row, _, stop, i0, has_rows = tile_of_rows(
-        h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=True
+    """The moments ``S_α``."""
+    moment_tile(
+        tl.program_id(0), h_ptr, mask_ptr, span_ptr, cu_ptr,
+        energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
+        moment_ptr, None, S, T, E, threshold, stride_hb, stride_ht, slots, shares, guard, eps,
+        BLOCK_T, BLOCK_E, DERIVED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["S", "T", "threshold", "slots", "shares", "programs"])
+def weighted_moment_and_short_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr,
+    energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, moment_ptr,
+    grad_h_ptr,
+    S, T, E, threshold,
+    stride_hb, stride_ht,
+    slots, shares, programs, guard, eps,
+    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    DERIVED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same in the first ``programs``; in the others the gradients of the sequences without a moment."""
+    if tl.program_id(0) < programs:
+        moment_tile(
+            tl.program_id(0), h_ptr, mask_ptr, span_ptr, cu_ptr,
+            energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
+            moment_ptr, None, S, T, E, threshold, stride_hb, stride_ht, slots, shares, guard, eps,
+            BLOCK_T, BLOCK_E, DERIVED, PRECISION,
+        )  # fmt: skip
+    else:
+        outs = tl.cdiv(E, BLOCK_OUT)
+        tile = tl.program_id(0) - programs
+        wide_backward_tile(
+            tile // outs, tile % outs, h_ptr, mask_ptr, None, cu_ptr,
+            energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, grad_h_ptr,
+            S, T, E, threshold, stride_hb, stride_ht, eps,
+            BLOCK_T, BLOCK_J, BLOCK_E, BLOCK_OUT, DERIVED, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["shares"])
+def moment_total_kernel(partial_ptr, moment_ptr, squares_ptr, size, shares, BLOCK: tl.constexpr):
+    """Moments of ``size`` numbers from all their shares, and the sum of squares of each block of them."""
+    slot, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    partial_ptr += slot * size
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(shares):
+        moment += tl.load(partial_ptr + at, mask=at < size, other=0.0)
+        partial_ptr += tl.num_programs(0).to(tl.int64) * size
+    tl.store(moment_ptr + slot * size + at, moment, mask=at < size)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + slot * tl.num_programs(1) + block, tl.sum(moment * moment, 0))
+
+
+@triton.jit
+def root_of_sum(squares_ptr, squares):
+    total = tl.zeros((256,), tl.float32)
+    for first in range(0, squares, 256):
+        at = first + tl.arange(0, 256)
+        total += tl.load(squares_ptr + at, mask=at < squares, other=0.0)
+    return tl.sqrt(tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["S", "T", "threshold", "squares", "shares"])
+def quadratic_form_kernel(
+    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, squares_ptr, energy_ptr, norm_ptr, moment_norm_ptr,
+    share_ptr, count_ptr, ticket_ptr, loss_ptr, factor_ptr,
+    S, T, E, threshold,
+    stride_hb, stride_ht,
+    squares, guard,
+    shares, eps, scale, MEAN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr,
+    DERIVED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``R_i = h_iᵀ S h_i − n2_i²``, never below 0 and made directly where it cancels; the norm of S, and the importance
+    loss where it is wanted."""
+    program = tl.program_id(0)
+    h_ptr, sequence, row, begin, stop, i0, limit = tile_of_rows(
+        program, h_ptr, mask_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=True
     )
-    if not has_rows:
-        return
-    moment_ptr += slot_of(sequence, cu_ptr, T, threshold).to(tl.int64) * E * E
+    slot = tl.where(limit > 0, slot_of(sequence, cu_ptr, T, threshold), 0)  # of a short sequence it may not exist
+    width = tl.where(limit > 0, E, 0)
+    moment_ptr += slot.to(tl.int64) * E * E
+    moment_norm = root_of_sum(squares_ptr + slot.to(tl.int64) * squares, squares)
+    tl.store(moment_norm_ptr + slot, moment_norm, mask=(limit > 0) & (i0 == 0))
     i = i0 + tl.arange(0, BLOCK_T)
     real = real_tokens(i, stop, row, mask_ptr)
 
     form = tl.zeros((BLOCK_T,), tl.float32)
     norm = tl.zeros((BLOCK_T,), tl.float32)
-    for a0 in range(0, E, BLOCK_E):
+    for a0 in range(0, width, BLOCK_E):
         a = a0 + tl.arange(0, BLOCK_E)
         image = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         for b0 in range(0, E, BLOCK_E):
@@ -116,36 +266,46 @@ def quadratic_form_kernel(
         h_a = load_rows(h_ptr, i0, stride_ht, real, a, E, BLOCK_T).to(tl.float32)
         form += tl.sum(image * h_a, 1)
         norm += tl.sum(h_a * h_a, 1)
-    tl.store(energy_ptr + row + i, tl.maximum(form - norm * norm, 0.0), mask=is_written(i, stop, cu_ptr, T))
-    tl.store(norm_ptr + row + i, norm, mask=is_written(i, stop, cu_ptr, T))
+    energy = repaired(
+        tl.maximum(form - norm * norm, 0.0), norm, h_ptr, mask_ptr, row, begin, stop, i0, real, E, stride_ht,
+        guard, rms_eigenvalue(moment_norm, E), BLOCK_T, BLOCK_J, BLOCK_E, PRECISION,
+    )  # fmt: skip
+    tl.store(energy_ptr + row + i, energy, mask=i < limit)
+    tl.store(norm_ptr + row + i, norm, mask=i < limit)
+    store_share(program, energy, norm, real, mask_ptr, share_ptr, count_ptr, eps)
+    finish_if_last(mask_ptr, cu_ptr, share_ptr, count_ptr, ticket_ptr, loss_ptr, factor_ptr, shares, S, T, scale, MEAN)
 
 
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
 def moment_backward_kernel(
-    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, weighted_ptr, energy_ptr, norm_ptr, moment_norm_ptr,
-    grad_energy_ptr, grad_norm_ptr, grad_h_ptr,
+    h_ptr, mask_ptr, span_ptr, cu_ptr, moment_ptr, weighted_ptr,
+    energy_ptr, norm_ptr, moment_norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, grad_h_ptr,
     S, T, E, threshold,
     stride_hb, stride_ht,
-    guard,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    guard, eps,
+    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_OUT: tl.constexpr,
     DERIVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``∂L/∂h_i`` of the rows whose energy did not cancel: one accumulator for ``S h_i`` and then ``S_α h_i``."""
-    h_ptr, sequence, row, _, stop, i0, has_rows = tile_of_rows(
-        h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=True
+    """``∂L/∂h_i``: one accumulator for ``S h_i``, then ``S_α h_i``, then what the rows that cancelled ask for. Zeros
+    where rows belong to no sequence."""
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    clear_rows_of_none(grad_h_ptr, cu_ptr, S, T, tl.program_id(0), out, E, BLOCK_T)
+    h_ptr, sequence, row, begin, stop, i0, limit = tile_of_rows(
+        tl.program_id(0), h_ptr, mask_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK_T, LONG=True
     )
-    if not has_rows:
+    if limit == 0:
         return
     slot = slot_of(sequence, cu_ptr, T, threshold).to(tl.int64)
-    floor = rms_eigenvalue(moment_norm_ptr + slot, E)
+    floor = rms_eigenvalue(tl.load(moment_norm_ptr + slot), E)
     moment_ptr += slot * E * E
     weighted_ptr += slot * E * E
     i = i0 + tl.arange(0, BLOCK_T)
-    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     real = real_tokens(i, stop, row, mask_ptr)
-    alpha = tl.load(grad_energy_ptr + row + i, mask=real, other=0.0)
-    beta = tl.load(grad_norm_ptr + row + i, mask=real, other=0.0)
+    alpha, beta = gradients_of(
+        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, i, real, eps
+    )
     norm = tl.load(norm_ptr + row + i, mask=real, other=0.0)
+    direct = cancelled(energy_ptr, norm_ptr, row, i, real, guard, floor)
 
     grad = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
     for b0 in range(0, E, BLOCK_E):
@@ -159,8 +319,14 @@ def moment_backward_kernel(
         h_b = load_rows(h_ptr, i0, stride_ht, real, b, E, BLOCK_T).to(DERIVED)
         weighted = load_rows(weighted_ptr, b0, E, b < E, out, E, BLOCK_E).to(DERIVED)
         grad = product(h_b, weighted, grad, PRECISION)
+    grad = tl.where(direct[:, None], 0.0, grad)
+    grad = add_direct(
+        grad, direct, alpha, h_ptr, mask_ptr,
+        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
+        row, begin, stop, i0, real, out, E, stride_ht, guard, floor, eps,
+        BLOCK_T, BLOCK_J, BLOCK_E, DERIVED, PRECISION,
+    )  # fmt: skip
 
     h_i = load_rows(h_ptr, i0, stride_ht, real, out, E, BLOCK_T).to(tl.float32)
-    grad = 2.0 * (grad + (beta - 2.0 * alpha * norm)[:, None] * h_i)
-    by_moment = is_written(i, stop, cu_ptr, T) & (cancels(energy_ptr + row, norm_ptr + row, i, real, guard, floor) == 0)
-    store_rows(grad_h_ptr, row + i0, by_moment, out, E, grad, BLOCK_T)
+    own = beta - tl.where(direct, 0.0, 2.0 * alpha * norm)
+    store_rows(grad_h_ptr, row + i0, i < limit, out, E, 2.0 * (grad + own[:, None] * h_i), BLOCK_T)

@@ -6,15 +6,18 @@ Half of it is made, as in ``row_energy_symmetric``. For sequences of one padded 
 import triton
 import triton.language as tl
 
+from .importance import gradients_of
 from .row_energy_wide import gram_tile
-from .tiles import count_of, first_row, is_written, load_rows, matrix_tile, product, real_tokens, span_of, store_rows
+from .tiles import count_of, first_row, load_rows, matrix_tile, product, real_tokens, span_of, store_rows
 
 
 @triton.jit(do_not_specialize=["T", "threshold", "tiles", "sample0"])
 def row_energy_weight_kernel(
-    h_ptr, mask_ptr, span_ptr, grad_energy_ptr, weight_ptr,
+    h_ptr, mask_ptr, span_ptr,
+    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, weight_ptr,
     T, E, threshold, tiles, sample0,
     stride_hb, stride_ht,
+    eps,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``(α_i + α_j) G_ij``, 0 on the diagonal, of a tile and its mirror image: (samples, pitch, pitch), tiles whole."""
@@ -30,8 +33,12 @@ def row_energy_weight_kernel(
     i, j = i0 + tl.arange(0, BLOCK_T), j0 + tl.arange(0, BLOCK_T)
     real_i, real_j = real_tokens(i, stop, row, mask_ptr), real_tokens(j, stop, row, mask_ptr)
     gram = gram_tile(h_ptr, i0, j0, real_i, real_j, E, stride_ht, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION)
-    alpha_i = tl.load(grad_energy_ptr + row + i, mask=real_i, other=0.0)
-    alpha_j = tl.load(grad_energy_ptr + row + j, mask=real_j, other=0.0)
+    alpha_i = gradients_of(
+        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, i, real_i, eps
+    )[0]
+    alpha_j = gradients_of(
+        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, j, real_j, eps
+    )[0]
     weight = ((alpha_i[:, None] + alpha_j[None, :]) * gram).to(weight_ptr.dtype.element_ty)
     pitch = tiles * BLOCK_T
     weight_ptr += local_sample * pitch * pitch
@@ -42,9 +49,11 @@ def row_energy_weight_kernel(
 
 @triton.jit(do_not_specialize=["T", "threshold", "sample0"])
 def row_energy_weight_product_kernel(
-    h_ptr, mask_ptr, span_ptr, grad_norm_ptr, weight_ptr, grad_h_ptr,
+    h_ptr, mask_ptr, span_ptr,
+    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, weight_ptr, grad_h_ptr,
     T, E, threshold, pitch, sample0,
     stride_hb, stride_ht,
+    eps,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``∂L/∂h_i = 2 Σ_j (α_i + α_j) G_ij h_j + 2 β_i h_i`` of a tile of tokens and of features."""
@@ -70,7 +79,9 @@ def row_energy_weight_product_kernel(
         grad = product(weight, h_j.to(weight.dtype), grad, PRECISION)
 
     real_i = real_tokens(i, stop, row, mask_ptr)
-    beta_i = tl.load(grad_norm_ptr + row + i, mask=real_i, other=0.0)
+    beta_i = gradients_of(
+        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, i, real_i, eps
+    )[1]
     h_i = load_rows(h_ptr, i0, stride_ht, real_i, out, E, BLOCK_T).to(tl.float32)
     grad = 2.0 * grad + (2.0 * beta_i)[:, None] * h_i
-    store_rows(grad_h_ptr, row + i0, is_written(i, stop, None, T), out, E, grad, BLOCK_T)
+    store_rows(grad_h_ptr, row + i0, i < T, out, E, grad, BLOCK_T)

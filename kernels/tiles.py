@@ -110,36 +110,6 @@ def sequence_ptr(ptr, sequence, row, stride_b, stride_t, cu_ptr):
 
 
 @triton.jit
-def is_written(token, stop, cu_ptr, T):
-    """Which tokens a kernel writes: all of a sequence, padding included."""
-    limit = stop
-    if cu_ptr is None:
-        limit = T
-    return token < limit
-
-
-@triton.jit
-def tile_of_rows(
-    h_ptr, span_ptr, cu_ptr, S, T, threshold, stride_hb, stride_ht, BLOCK: tl.constexpr, LONG: tl.constexpr
-):  # fmt: skip
-    """What a program along axis 0 works on: pointer to its sequence, the sequence and its first row, first and one past
-    the last token to meet, the tile's first token, and whether the tile has rows to write, see ``is_written``, in a
-    sequence of ``threshold`` real tokens or more (LONG) or of fewer.
-
-    A tile of padding alone meets no token, and so writes zeros.
-    """
-    sequence, first = tile_of(tl.program_id(0), cu_ptr, S, T, BLOCK)
-    row = first_row(sequence, cu_ptr, T)
-    begin, stop = span_of(sequence, cu_ptr, span_ptr, T)
-    in_sequence = is_written(first, stop, cu_ptr, T)
-    if cu_ptr is None:
-        stop = tl.where((first < stop) & (first + BLOCK > begin), stop, begin)
-    is_long = count_of(sequence, cu_ptr, span_ptr, T) >= threshold
-    h_ptr = sequence_ptr(h_ptr, sequence, row, stride_hb, stride_ht, cu_ptr)
-    return h_ptr, sequence, row, begin, stop, first, (is_long == LONG) & in_sequence
-
-
-@triton.jit
 def slot_of(sequence, cu_ptr, T, threshold):
     """Where the moment of a sequence of ``threshold`` tokens or more lies, see ``row_energy_moment``."""
     slot = sequence
@@ -183,10 +153,8 @@ def matrix_tile(ptr, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def span_kernel(mask_ptr, span_ptr, T, BLOCK: tl.constexpr):
-    """First, one past the last, and number of the real tokens of each sample: (B, T) → (B, 3)."""
-    sample = tl.program_id(0).to(tl.int64)
-    mask_ptr += sample * T
+def mask_span(mask_ptr, T, BLOCK: tl.constexpr):
+    """First, one past the last, and number of the real tokens of one sample."""
     begin = tl.full((BLOCK,), 2147483647, tl.int32)
     stop = tl.zeros((BLOCK,), tl.int32)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -197,7 +165,20 @@ def span_kernel(mask_ptr, span_ptr, T, BLOCK: tl.constexpr):
         stop = tl.where(real, token + 1, stop)
         count += real.to(tl.int32)
     last = tl.max(stop, 0)
-    span_ptr += 3 * sample
-    tl.store(span_ptr, tl.minimum(tl.min(begin, 0), last))
-    tl.store(span_ptr + 1, last)
-    tl.store(span_ptr + 2, tl.sum(count, 0))
+    return tl.minimum(tl.min(begin, 0), last), last, tl.sum(count, 0)
+
+
+@triton.jit
+def store_span(span_ptr, sample, begin, stop, count):
+    span_ptr += 3 * sample.to(tl.int64)
+    tl.store(span_ptr, begin)
+    tl.store(span_ptr + 1, stop)
+    tl.store(span_ptr + 2, count)
+
+
+@triton.jit
+def span_kernel(mask_ptr, span_ptr, T, BLOCK: tl.constexpr):
+    """What ``mask_span`` finds, of each sample: (B, T) → (B, 3)."""
+    sample = tl.program_id(0)
+    begin, stop, count = mask_span(mask_ptr + sample.to(tl.int64) * T, T, BLOCK)
+    store_span(span_ptr, sample, begin, stop, count)

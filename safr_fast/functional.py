@@ -222,12 +222,12 @@ def importance_loss(
     """
     arguments.check_reduction(reduction)
     arguments.check_number("eps", eps, least=0)
-    energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, group=group, impl=impl)
+    arguments.check_hidden(h, mask, cu_seqlens)
+    arguments.check_group(group, cu_seqlens)
     fused = dispatch.resolve(impl, h.device.type, h.dtype) == "triton"
     if fused and group is None and reduction != "none":
-        return importance_op.importance(
-            energy, squared_norm, mask, cu_seqlens, eps, h.shape[-1], reduction == "mean", "triton"
-        )
+        return importance_op.importance(_autocast(h), mask, cu_seqlens, eps, reduction == "mean", "triton")
+    energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, group=group, impl=impl)
     alive = (energy != 0) & (squared_norm != 0)  # NaN stays
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.

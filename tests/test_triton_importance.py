@@ -1,80 +1,205 @@
-"""The kernels that end the importance loss, against the formula in float64."""
+"""The importance loss as the Triton kernels finish it, against the formula in float64."""
 
 import pytest
 import torch
-from support import DEVICE, normal, offsets, relative_error
+from support import DEVICE, assert_close_to_float64, lengths_mask, normal, offsets, relative_error
 from torch import Tensor
 
 import safr_fast as sf
-from safr_fast.ops.importance import importance
 
 pytestmark = pytest.mark.skipif(
     not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
     reason="neither a GPU nor Triton's interpreter is at hand",
 )
-WIDTH = 24
+# Tokens of the longest sequence: the Gram matrix within a tile and beyond, and the feature moment.
+TOKENS = {"a block": 40, "tiles": 150, "feature": 270}
+FEATURE_OF_16_BITS = 530
+LAYOUTS = ["dense", "masked", "packed"]
+each_path = pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def sums(tokens: int) -> tuple[Tensor, Tensor]:
-    """Energies and squared norms, zeros among both."""
-    energy, norm = (normal(2, tokens, seed=seed).square().to(DEVICE) for seed in (1, 2))
-    energy[:, ::5] = 0
-    norm[:, ::7] = 0
-    return energy, norm
+def hidden(tokens: int, width: int = 24, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``(2, T, E)`` with tokens whose norm or whose energy is 0, and one whose energy cancels on the feature path."""
+    h = normal(2, tokens, width, seed=tokens, dtype=dtype, device=DEVICE)
+    h[..., 0] = 0
+    h[0, 5::7] = 0
+    h[1, 3] = 0
+    h[1, 3, 0] = 2  # orthogonal to all others
+    h[0, 4] *= 30
+    return h
 
 
-def formula(energy: Tensor, norm: Tensor, eps: float, count: int) -> Tensor:
-    alive = (energy != 0) & (norm != 0)
-    root, length = (torch.where(alive, x, 1.0).sqrt() for x in (energy, norm))
-    return torch.where(alive, root / (length + eps), 0.0).sum() / WIDTH**0.5 / count
-
-
-@pytest.mark.parametrize("tokens", [1, 700, 20_000], ids=["one", "one program", "several programs"])
-@pytest.mark.parametrize("layout", ["dense", "masked", "packed"])
-@pytest.mark.parametrize(("eps", "mean"), [(0.0, False), (1e-5, True)], ids=["paper", "released"])
-def test_sum_mean_and_gradients(tokens: int, layout: str, eps: float, mean: bool) -> None:
-    energy, norm = sums(tokens)
-    mask = cu_seqlens = None
-    count = energy.numel()
+def laid_out(h: Tensor, layout: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Two sequences, of which the second is short where layouts allow; padding and rows of none hold NaN."""
+    tokens = h.shape[1]
+    short = tokens // 3
     if layout == "masked":
-        mask = (normal(2, tokens, seed=3) > 0).to(DEVICE)
-        count = max(int(mask.sum()), 1)
+        mask = lengths_mask([tokens, short], tokens).to(DEVICE)
+        mask[1, 7] = False
+        return h.masked_fill(~mask.unsqueeze(-1), torch.nan), {"mask": mask}
+    if layout == "packed":
+        rows = h.new_full((3 + tokens + short + 70, h.shape[-1]), torch.nan)
+        rows[3 : 3 + tokens + short] = torch.cat([h[0], h[1, :short]])
+        return rows, {"cu_seqlens": torch.cat([offsets([3], DEVICE)[1:], offsets([tokens, short], DEVICE)[1:] + 3])}
+    return h, {}
+
+
+def value_and_gradient(h: Tensor, kwargs: dict[str, Tensor], **more: object) -> tuple[Tensor, Tensor]:
+    leaf = h.detach().requires_grad_()
+    loss = sf.importance_loss(leaf, impl="triton", **kwargs, **more)
+    return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
+
+
+@each_path
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("eps", "reduction"), [(0.0, "sum"), (1e-5, "mean")], ids=["paper", "released"])
+def test_it_is_as_accurate_as_the_formula(
+    tokens: int, layout: str, dtype: torch.dtype, eps: float, reduction: str
+) -> None:
+    if tokens == TOKENS["feature"] and dtype == torch.float16:
+        tokens = FEATURE_OF_16_BITS
+    h, kwargs = laid_out(hidden(tokens, dtype=dtype), layout)
+    if layout == "packed":  # the plain formula's tokens of no sequence would turn its own gradient to NaN
+        kwargs, h = {"cu_seqlens": kwargs["cu_seqlens"] - 3}, h[3:]
+        h = h[: kwargs["cu_seqlens"][-1]]
+    form = {"eps": eps, "reduction": reduction, **kwargs}
+    assert_close_to_float64(
+        lambda h: sf.importance_loss(h, impl="triton", **form),
+        lambda h: sf.importance_loss(h, impl="reference", **form),
+        h,
+    )
+
+
+@each_path
+@each_layout
+def test_what_is_no_token_counts_for_nothing(tokens: int, layout: str) -> None:
+    """Nor does memory that was not written."""
+    h, kwargs = laid_out(hidden(tokens), layout)
+    real = torch.ones(h.shape[:-1], dtype=torch.bool, device=DEVICE)
+    if layout == "masked":
+        real = kwargs["mask"]
     elif layout == "packed":
-        energy, norm = energy.flatten(), norm.flatten()
-        cu_seqlens = offsets([tokens // 2, tokens // 3], DEVICE)
-        count = max(tokens // 2 + tokens // 3, 1)
-    leaves = [energy.clone().requires_grad_(), norm.clone().requires_grad_()]
-    loss = importance(*leaves, mask, cu_seqlens, eps, WIDTH, mean, "triton")
-    exact_leaves = [energy.double().requires_grad_(), norm.double().requires_grad_()]
-    expected = formula(*exact_leaves, eps, count if mean else 1)
-    assert relative_error(loss.detach(), expected.detach()) < 1e-6
-    for actual, exact in zip(
-        torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, exact_leaves), strict=True
-    ):
-        assert relative_error(actual, exact) < 1e-6
+        real[:3] = real[kwargs["cu_seqlens"][-1] :] = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        loss, gradient = value_and_gradient(h, kwargs, reduction="sum")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.isfinite()
+    assert gradient[real].isfinite().all()
+    assert not gradient[~real].any()
+
+
+@each_layout
+def test_every_launch_leaves_its_ticket_for_the_next(layout: str) -> None:
+    from safr_fast.kernels import importance_launch
+
+    h, kwargs = laid_out(hidden(150), layout)
+    first = value_and_gradient(h, kwargs)
+    assert importance_launch._tickets
+    assert not any(ticket.any() for ticket in importance_launch._tickets.values())
+    value_and_gradient(*laid_out(hidden(TOKENS["feature"]), layout))
+    assert all(torch.equal(*pair) for pair in zip(value_and_gradient(h, kwargs), first, strict=True))
+
+
+@each_path
+@each_layout
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_launch_of_its_own_adds_up_the_same(
+    tokens: int, layout: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a graph is captured there is no ticket."""
+    from safr_fast.kernels import importance_launch
+
+    h, kwargs = laid_out(hidden(tokens), layout)
+    by_ticket = value_and_gradient(h, kwargs, reduction=reduction)
+    monkeypatch.setattr(importance_launch, "_ticket", lambda device: None)
+    for result, expected in zip(value_and_gradient(h, kwargs, reduction=reduction), by_ticket, strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("shares", [1, 1024, 2500])
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_number_of_shares_is_added_up(shares: int, masked: bool) -> None:
+    from safr_fast.kernels.importance_launch import Loss
+
+    mask = torch.ones(1, device=DEVICE) if masked else None
+    loss = Loss(normal(1, device=DEVICE), 0.0, 0.5, True)
+    loss.expect(shares, loss.loss, mask, zeroed_before=True)
+    loss.ticket = None
+    loss.share.copy_(normal(shares))
+    if masked:
+        loss.count.copy_(torch.arange(shares))
+    loss.finish(mask, None, 3, 7, num_warps=4)
+    count = max(shares * (shares - 1) // 2, 1) if masked else 21
+    assert relative_error(loss.factor, torch.tensor(0.5 / count)) < 1e-7
+    assert relative_error(loss.loss, normal(shares).double().sum() * 0.5 / count) < 1e-5
+
+
+@each_layout
+@pytest.mark.parametrize("constant", ["MANY_OPERATIONS", "PROGRAMS"])
+def test_other_launches_give_the_same(constant: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the Gram matrix of short sequences beside long ones, and moments in one share."""
+    from safr_fast.kernels import row_energy_launch
+
+    h, kwargs = laid_out(hidden(TOKENS["feature"]), layout)
+    usual = value_and_gradient(h, kwargs)
+    monkeypatch.setattr(row_energy_launch, constant, 0)
+    for result, expected in zip(value_and_gradient(h, kwargs), usual, strict=True):
+        real = expected.isfinite()
+        assert relative_error(result[real], expected[real]) < 2e-6
 
 
 def test_nothing_and_nan() -> None:
-    nothing = torch.empty(2, 0, device=DEVICE)
-    assert importance(nothing, nothing, None, None, 0.0, WIDTH, True, "triton") == 0
-    energy, norm = sums(700)
-    energy[1, 4] = torch.nan
-    assert importance(energy, norm, None, None, 0.0, WIDTH, True, "triton").isnan()
+    for nothing, kwargs in (
+        (torch.empty(2, 0, 8, device=DEVICE), {}),
+        (torch.empty(2, 5, 0, device=DEVICE), {}),
+        (normal(5, 8, device=DEVICE), {"cu_seqlens": offsets([0, 0], DEVICE)}),
+        (normal(5, 8, device=DEVICE), {"cu_seqlens": offsets([], DEVICE)}),
+    ):
+        loss, gradient = value_and_gradient(nothing, kwargs)
+        assert loss == 0
+        assert not gradient.any()
+    h = hidden(150)
+    h[1, 4, 2] = torch.nan
+    assert sf.importance_loss(h, impl="triton").isnan()
+
+
+@pytest.mark.parametrize("cu_seqlens", [[-9, 40, 20, 2**31 - 1], [300, 310], [60, 90]], ids=str)
+def test_offsets_that_make_no_sense_reach_no_other_memory(cu_seqlens: list[int]) -> None:
+    room = torch.full((64 + 75 + 64, 4), float("nan"), device=DEVICE)
+    h = room[64:-64].copy_(normal(75, 4))
+    loss, gradient = value_and_gradient(h, {"cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)})
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert room[:64].isnan().all()
+    assert room[-64:].isnan().all()
 
 
 def test_it_differentiates_once() -> None:
-    energy, norm = (x.requires_grad_() for x in sums(5))
-    loss = importance(energy, norm, None, None, 1e-5, WIDTH, True, "triton")
-    (first,) = torch.autograd.grad(loss, energy, create_graph=True)
+    h = hidden(5).requires_grad_()
+    (first,) = torch.autograd.grad(sf.importance_loss(h, impl="triton"), h, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiates once"):
         first.sum().backward()
 
 
-@pytest.mark.parametrize("mean", [False, True])
-def test_opcheck(mean: bool) -> None:
-    energy, norm = sums(40)
+@each_layout
+@pytest.mark.parametrize("tokens", [40, 300])
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck(save: bool, tokens: int, layout: str) -> None:
+    h, kwargs = laid_out(hidden(tokens), layout)
+    h = h.nan_to_num(0)
+    layout_of = kwargs.get("mask"), kwargs.get("cu_seqlens")
     ops = torch.ops.safr_fast
-    torch.library.opcheck(ops.importance.default, (energy, norm, None, None, 1e-5, 0.2, mean, "triton"))
-    _, factor = ops.importance(energy, norm, None, None, 1e-5, 0.2, mean, "triton")
-    one = torch.ones((), device=DEVICE)
-    torch.library.opcheck(ops.importance_backward.default, (energy, norm, factor, one, 1e-5, "triton"))
+    # Not compared between runs: what is saved of rows of no sequence stays unwritten.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.importance.default, (h, *layout_of, 1e-5, 0.2, True, save, "triton"), test_utils=checks)
+    if save:
+        _, factor, *sums = ops.importance(h, *layout_of, 1e-5, 0.2, True, True, "triton")
+        one = torch.ones((), device=DEVICE)
+        torch.library.opcheck(
+            ops.importance_backward.default, (h, *layout_of, *sums, factor, one, 1e-5, "triton"), test_utils=checks
+        )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support import DEVICE, lengths_mask, normal
+from support import DEVICE, lengths_mask, normal, offsets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
@@ -80,33 +80,103 @@ def forward_and_backward(
 
 
 def test_what_an_operation_launches_inside_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the counter itself: the feature moment takes its norm with PyTorch."""
-    forward, _ = forward_and_backward(lambda h: sf.importance_loss(h, impl="triton"), [normal(2, 300, 16)], monkeypatch)
-    assert "linalg_vector_norm" in forward
+    """Of the counter itself: the gradient of energies by the feature moment takes its norm with PyTorch."""
+
+    def total(h: Tensor) -> Tensor:
+        energy, norm = sf.row_energy(h, impl="triton")
+        return (energy + norm).sum()
+
+    _, backward = forward_and_backward(total, [normal(2, 300, 16)], monkeypatch)
+    assert "linalg_vector_norm" in backward
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(64, 32), (300, 160)])
-@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_importance_loss_takes_six_launches(
-    tokens: int, width: int, masked: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def ticket() -> None:
+    """Made by the first launch of a stream, for all that follow."""
+    from safr_fast.kernels import importance_launch
+
+    importance_launch._ticket(torch.device("cpu"))
+
+
+def importance_launches(
+    layout: str, tokens: int, width: int, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32
+) -> tuple[list[str], list[str]]:
+    """Of two sequences, the second of which is short unless the layout is dense."""
+    h = normal(2, tokens, width, dtype=dtype)
+    mask = cu_seqlens = None
+    if layout == "masked":
+        mask = lengths_mask([tokens, 7], tokens)
+    elif layout == "packed":
+        h, cu_seqlens = h.flatten(0, 1)[: tokens + 7], offsets([tokens, 7])
+
+    def loss(h: Tensor) -> Tensor:
+        return sf.importance_loss(h, mask, cu_seqlens=cu_seqlens, impl="triton")
+
+    return forward_and_backward(loss, [h], monkeypatch)
+
+
+each_layout = pytest.mark.parametrize("layout", ["dense", "masked", "packed"])
+
+
+@each_layout
+@pytest.mark.parametrize(("tokens", "width"), [(64, 32), (300, 160)], ids=["a block", "tiles"])
+def test_the_importance_loss_takes_one_launch_each_way(
+    tokens: int, width: int, layout: str, ticket: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mask = lengths_mask([tokens, 7], tokens) if masked else None
-    forward, backward = forward_and_backward(
-        lambda h: sf.importance_loss(h, mask, reduction=reduction, impl="triton"),
-        [normal(2, tokens, width)],
-        monkeypatch,
-    )
-    find_tokens = ["span_kernel"] if masked else []
-    assert forward == [*find_tokens, "row_energy_wide_kernel", "importance_kernel"]
-    assert backward == ["importance_backward_kernel", *find_tokens, "row_energy_wide_backward_kernel"]
+    forward, backward = importance_launches(layout, tokens, width, monkeypatch)
+    assert forward == ["row_energy_wide_kernel"]
+    assert backward == ["row_energy_wide_backward_kernel"]
 
 
-def test_sixteen_bits_take_no_more_up_to_512_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    h = normal(1, 512, 16, dtype=torch.float16)
-    forward, backward = forward_and_backward(lambda h: sf.importance_loss(h, impl="triton"), [h], monkeypatch)
-    assert forward == ["row_energy_token_kernel", "importance_kernel"]
-    assert backward == ["importance_backward_kernel", "row_energy_wide_backward_kernel"]
+@each_layout
+def test_sixteen_bits_take_no_more_up_to_512_tokens(layout: str, ticket: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = importance_launches(layout, 505 if layout == "packed" else 512, 16, monkeypatch, torch.float16)
+    assert forward == ["row_energy_token_kernel"]
+    assert backward == ["row_energy_wide_backward_kernel"]
+
+
+def test_kernels_that_keep_whole_rows_take_no_more(ticket: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safr_fast.kernels import configs
+
+    monkeypatch.setattr(configs, "keeps_rows", lambda bits, width: True)  # bfloat16's backward, in the interpreter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs._OVERRIDES["interpreter"], ("token", 32), configs._CONFIGS["token", 16])
+        patch.setitem(configs._OVERRIDES["interpreter"], ("token_backward", 32), configs._CONFIGS["token_backward", 16])
+        forward, backward = importance_launches("dense", 64, 32, monkeypatch)
+    assert forward == ["row_energy_token_kernel"]
+    assert backward == ["row_energy_token_backward_kernel"]
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_feature_moment_takes_three_launches_each_way(
+    dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, backward = importance_launches(layout, 530 if dtype == torch.float16 else 270, 32, monkeypatch, dtype)
+    and_short = "" if layout == "dense" else "_and_short"
+    assert forward == [f"moment{and_short}_kernel", "moment_total_kernel", "quadratic_form_kernel"]
+    assert backward == [f"weighted_moment{and_short}_kernel", "moment_total_kernel", "moment_backward_kernel"]
+
+
+@each_layout
+def test_it_takes_two_where_the_samples_fill_a_gpu(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safr_fast.kernels import row_energy_launch
+
+    monkeypatch.setattr(row_energy_launch, "PROGRAMS", 1)
+    forward, backward = importance_launches(layout, 300, 32, monkeypatch)
+    and_short = "" if layout == "dense" else "_and_short"
+    assert forward == [f"moment{and_short}_kernel", "quadratic_form_kernel"]
+    assert backward == [f"weighted_moment{and_short}_kernel", "moment_backward_kernel"]
+
+
+def test_a_captured_graph_adds_up_in_a_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from safr_fast.kernels import importance_launch
+
+    monkeypatch.setattr(importance_launch, "_ticket", lambda device: None)
+    forward, _ = importance_launches("masked", 64, 32, monkeypatch)
+    assert forward == ["row_energy_wide_kernel", "importance_total_kernel"]
+    forward, _ = importance_launches("masked", 300, 32, monkeypatch)
+    assert forward == ["moment_and_short_kernel", "moment_total_kernel", "quadratic_form_kernel"]
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])

@@ -72,9 +72,22 @@ def test_a_graph_replays_on_new_input(name: str, tokens: int) -> None:
         assert torch.equal(replayed, expected)
 
 
+@each_length
+def test_it_compiles_to_graphs(tokens: int) -> None:
+    """What a launch leaves for the next must not come from a graph's pool, nor be shared by replays."""
+    loss, leaves = calls(tokens)["importance"]
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    expected = gradients(loss, *leaves)
+    for _ in range(4):  # warm-up, capture, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        for result, eager in zip(gradients(compiled, *leaves), expected, strict=True):
+            assert torch.equal(result, eager)
+
+
+@each_length
 @each_loss
-def test_two_streams_do_not_disturb_each_other(name: str) -> None:
-    loss, leaves = calls(600)[name]
+def test_two_streams_do_not_disturb_each_other(name: str, tokens: int) -> None:
+    loss, leaves = calls(tokens)[name]
     expected = gradients(loss, *leaves)
     streams = [torch.cuda.Stream() for _ in range(2)]
     results = []

@@ -5,6 +5,7 @@ import torch
 from support import (
     DEVICE,
     assert_close_to_float64,
+    lengths_mask,
     normal,
     offsets,
     plain_interaction_total,
@@ -44,6 +45,12 @@ def test_row_energy_is_right_with_the_tiles_of_a_gpu(tiles: None, tokens: int, w
     h = normal(1, tokens, width, seed=tokens)
     h[0, 3] *= 100  # its energy cancels on the feature path
     assert_close_to_float64(lambda h: sf.row_energy(h, impl="triton"), plain_row_energy, h)
+
+
+@each_table
+def test_short_samples_beside_long_ones_are_right_with_the_tiles_of_a_gpu(tiles: None) -> None:
+    h, mask = normal(2, 270, 72, seed=5), lengths_mask([270, 80], 270)
+    assert_close_to_float64(lambda h: sf.row_energy(h, mask, impl="triton"), lambda h: plain_row_energy(h, mask), h)
 
 
 @each_table

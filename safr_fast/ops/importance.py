@@ -1,4 +1,4 @@
-"""How the importance loss ends where the back end has kernels for it: ``Σ_i √R_i / (√n2_i + ε)``, and its gradients.
+"""The importance loss where the back end finishes it in the kernels of primitive 1: ``Σ_i √R_i / (√n2_i + ε)``.
 
 Elementwise on what primitive 1 gives, hence no primitive: elsewhere :mod:`safr_fast.functional` writes it in PyTorch.
 On a GPU it would take longer to launch that way than everything else.
@@ -11,35 +11,48 @@ import torch
 from torch import Tensor
 
 from safr_fast.ops import dispatch
+from safr_fast.ops.row_energy import in_samples
 
 _library = torch.library.Library("safr_fast", "FRAGMENT")
 _library.define(
-    "importance(Tensor energy, Tensor squared_norm, Tensor? mask, Tensor? cu_seqlens, float eps, float scale,"
-    " bool mean, str impl) -> (Tensor, Tensor)"
+    "importance(Tensor h, Tensor? mask, Tensor? cu_seqlens, float eps, float scale, bool mean, bool save, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "importance_backward(Tensor energy, Tensor squared_norm, Tensor factor, Tensor grad_loss, float eps, str impl)"
-    " -> (Tensor, Tensor)"
+    "importance_backward(Tensor h, Tensor? mask, Tensor? cu_seqlens, Tensor energy, Tensor squared_norm,"
+    " Tensor moments, Tensor moment_norm, Tensor factor, Tensor grad_loss, float eps, str impl) -> Tensor"
 )
 
 
 def _forward(
-    energy: Tensor,
-    squared_norm: Tensor,
+    h: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
     scale: float,
     mean: bool,
+    save: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    return dispatch.module(impl).importance(energy, squared_norm, mask, cu_seqlens, eps, scale, mean)
+) -> tuple[Tensor, ...]:
+    return dispatch.module(impl).importance(h, mask, cu_seqlens, eps, scale, mean, save)
 
 
 def _backward(
-    energy: Tensor, squared_norm: Tensor, factor: Tensor, grad_loss: Tensor, eps: float, impl: str
-) -> tuple[Tensor, Tensor]:
-    return dispatch.module(impl).importance_backward(energy, squared_norm, factor, grad_loss, eps)
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    squared_norm: Tensor,
+    moments: Tensor,
+    moment_norm: Tensor,
+    factor: Tensor,
+    grad_loss: Tensor,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    return dispatch.module(impl).importance_backward(
+        h, mask, cu_seqlens, energy, squared_norm, moments, moment_norm, factor, grad_loss, eps
+    )
 
 
 for _device in ("CPU", "CUDA"):
@@ -48,35 +61,50 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("safr_fast::importance")
-def _(energy: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return energy.new_empty(()), energy.new_empty(())
+def _(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    scale: float,
+    mean: bool,
+    save: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    loss = h.new_empty((), dtype=torch.float32)
+    rows = h.new_empty(h.shape[:-1], dtype=torch.float32)
+    slots = 0
+    if save:
+        precision = torch.get_float32_matmul_precision()
+        slots = dispatch.module(impl).moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision)
+    moments = rows.new_empty(slots, h.shape[-1], h.shape[-1])
+    return loss, torch.empty_like(loss), rows, torch.empty_like(rows), moments, rows.new_empty(slots)
 
 
 @torch.library.register_fake("safr_fast::importance_backward")
-def _(energy: Tensor, squared_norm: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(energy), torch.empty_like(squared_norm)
+def _(h: Tensor, *_: Any) -> Tensor:
+    return h.new_empty(h.shape)
 
 
 class Importance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, energy: Tensor, squared_norm: Tensor, *rest: Any) -> Tensor:
-        mask, cu_seqlens, eps, scale, mean, impl = rest
-        loss, factor = torch.ops.safr_fast.importance(energy, squared_norm, mask, cu_seqlens, eps, scale, mean, impl)
-        ctx.save_for_backward(energy, squared_norm, factor)
+    def forward(ctx: Any, h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Tensor:
+        eps, scale, mean, impl = rest
+        loss, factor, *sums = torch.ops.safr_fast.importance(h, mask, cu_seqlens, eps, scale, mean, True, impl)
+        ctx.save_for_backward(h, mask, cu_seqlens, *sums, factor)
         ctx.eps, ctx.impl = eps, impl
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ImportanceGradient.apply(*ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl)
-        return *gradients, *(None,) * 6
+        return ImportanceGradient.apply(*ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl), *(None,) * 6
 
 
 class ImportanceGradient(torch.autograd.Function):
     """A Function of its own, so that a second derivative raises instead of coming out as zero."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         return torch.ops.safr_fast.importance_backward(*arguments)
 
     @staticmethod
@@ -84,16 +112,11 @@ class ImportanceGradient(torch.autograd.Function):
         raise RuntimeError('importance_loss differentiates once; for second derivatives use impl="reference"')
 
 
-def importance(
-    energy: Tensor,
-    squared_norm: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    eps: float,
-    width: int,
-    mean: bool,
-    impl: str,
-) -> Tensor:
-    """Sum over tokens, or mean over the real ones, of ``√(P_i / width)``, by a back end with kernels for it."""
-    scale = 1 / math.sqrt(max(width, 1))
-    return Importance.apply(energy, squared_norm, mask, cu_seqlens, float(eps), scale, mean, impl)
+def importance(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, eps: float, mean: bool, impl: str) -> Tensor:
+    """Sum over tokens, or mean over the real ones, of ``√(P_i / E)`` of checked arguments, by a back end with kernels
+    for it."""
+    scale = 1 / math.sqrt(max(h.shape[-1], 1))
+    h, mask = in_samples(h, mask, cu_seqlens)
+    if torch.is_grad_enabled() and h.requires_grad:
+        return Importance.apply(h, mask, cu_seqlens, float(eps), scale, mean, impl)
+    return torch.ops.safr_fast.importance(h, mask, cu_seqlens, float(eps), scale, mean, False, impl)[0]

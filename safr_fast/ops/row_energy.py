@@ -93,6 +93,15 @@ class RowEnergyGradient(torch.autograd.Function):
         raise RuntimeError('row_energy differentiates once; for second derivatives use impl="reference"')
 
 
+def in_samples(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``h`` as ``(B, T, E)`` and its mask as ``(B, T)``, as the back ends take them; packed ``(N, E)`` as it is."""
+    if cu_seqlens is not None:
+        return h, mask
+    samples = h.shape[:-2].numel()
+    h = h.reshape(samples, *h.shape[-2:])
+    return h, None if mask is None else mask.reshape(samples, h.shape[1])
+
+
 def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: dispatch.Impl) -> tuple[Tensor, Tensor]:
     """``(R, n2)`` of checked arguments: ``h`` ``(..., T, E)`` or packed ``(N, E)``; each ``(..., T)``."""
     chosen = dispatch.resolve(impl, h.device.type, h.dtype)
@@ -100,10 +109,7 @@ def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: 
         arguments.check_offsets(cu_seqlens, h.shape[-2])
         return reference.row_energy(h, mask, cu_seqlens)
     rows = h.shape[:-1]
-    if cu_seqlens is None:
-        samples = rows[:-1].numel()
-        h = h.reshape(samples, *h.shape[-2:])
-        mask = None if mask is None else mask.reshape(samples, h.shape[1])
+    h, mask = in_samples(h, mask, cu_seqlens)
     if torch.is_grad_enabled() and h.requires_grad:
         energy, squared_norm = RowEnergy.apply(h, mask, cu_seqlens, chosen)
     else:
