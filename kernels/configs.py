@@ -11,6 +11,9 @@ import torch
 
 WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
 WIDEST_UNALIGNED_ROW = 128
+CACHED_BYTES = 48 << 20  # what about stays in the L2 cache of a large GPU
+WORKSPACE_BYTES = 256 << 20
+FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 
 
@@ -127,11 +130,16 @@ _UNALIGNED = {
 }
 
 
+def table(kind: str) -> dict[tuple[str, int], Config]:
+    """Of an architecture, for aligned rows."""
+    return _CONFIGS | _OVERRIDES[kind]
+
+
 def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
     unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
-    found = next(table[kernel, bits] for table in (unaligned, _OVERRIDES[kind], _CONFIGS) if (kernel, bits) in table)
+    found = unaligned.get((kernel, bits)) or table(kind)[kernel, bits]
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 
@@ -172,6 +180,14 @@ def moment_guard(dtype: torch.dtype) -> float:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "medium":
         return 0.05
     return 0.25
+
+
+def heads_of_a_chunk(heads: int, head_bytes: int, workspace_bytes: int | None = None) -> int:
+    """How many heads share the interaction's workspace: as many as fit it, in chunks as equal as can be."""
+    if workspace_bytes is None:
+        workspace_bytes = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes))
+    chunks = -(-heads // max(workspace_bytes // head_bytes, 1))
+    return -(-heads // chunks)
 
 
 def product_precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -24,9 +24,6 @@ from .interaction_gradient import (
 from .interaction_gram import interaction_gram_kernel, interaction_total_kernel
 from .tensors import as_bytes, readable, spans
 
-CACHED_BYTES = 32 << 20  # what stays in the L2 cache of a large GPU
-WORKSPACE_BYTES = 256 << 20
-FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 LOG2_E = 1.4426950408889634
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -80,9 +77,7 @@ class Workspace:
 
         matrices = 3 if need_grad else 1
         head_bytes = matrices * self.pitch**2 * arithmetic.matrix.itemsize
-        if workspace_bytes is None:
-            workspace_bytes = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes))
-        self.heads = min(batch * self.H, max(workspace_bytes // head_bytes, 1))
+        self.heads = configs.heads_of_a_chunk(batch * self.H, head_bytes, workspace_bytes)
         matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
         self.attention, self.pair, self.phi = matrix if need_grad else (*matrix, None, None)
         self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
