@@ -3,7 +3,10 @@
 No Triton here: the ops' fake versions ask for the crossover.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +30,7 @@ class Config:
     out: int = 0  # features of a gradient tile
     num_warps: int = 4
     num_stages: int = 2
+    descriptors: bool = False  # products of the workspace's matrices read them by TMA, on sm_90 and later
 
     @property
     def execution(self) -> dict[str, Any]:
@@ -130,16 +134,37 @@ _UNALIGNED = {
 }
 
 
+Chooser = Callable[[str, int, int, Config], Config]  # of kernel, bits, width and the table's entry
+_chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
+
+
+@contextlib.contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Within, in this thread, ``chooser`` has the last word on configurations, see ``tuning``."""
+    token = _chooser.set(chooser)
+    try:
+        yield
+    finally:
+        _chooser.reset(token)
+
+
 def table(kind: str) -> dict[tuple[str, int], Config]:
     """Of an architecture, for aligned rows."""
     return _CONFIGS | _OVERRIDES[kind]
 
 
-def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
-    """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
+def entry(kernel: str, bits: int, width: int, device: torch.device) -> Config:
+    """What the table has for a kernel and rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
     unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
-    found = unaligned.get((kernel, bits)) or table(kind)[kernel, bits]
+    return unaligned.get((kernel, bits)) or table(kind)[kernel, bits]
+
+
+def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
+    """The configuration to launch it with, no wider than the rows."""
+    found = entry(kernel, bits, width, device)
+    if (chooser := _chooser.get()) is not None:
+        found = chooser(kernel, bits, width, found)
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 
