@@ -183,6 +183,16 @@ def matrix_tile(ptr, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptr, descriptor, matrix, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One tile of a square matrix at ``ptr``, the ``matrix``-th of those that a TMA descriptor, if given, covers."""
+    if descriptor is not None:
+        tile = descriptor.load([(matrix * pitch + i0).to(tl.int32), j0])
+    else:
+        tile = tl.load(matrix_tile(ptr, i0, j0, pitch, ROWS, COLUMNS))
+    return tile
+
+
+@triton.jit
 def span_kernel(mask_ptr, span_ptr, T, BLOCK: tl.constexpr):
     """First, one past the last, and number of the real tokens of each sample: (B, T) → (B, 3)."""
     sample = tl.program_id(0).to(tl.int64)
