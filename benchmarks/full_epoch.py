@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from bench_training_step import plain
-from comparison import matmul_gflops
+from comparison import matmul_gflops, tile_gflops
+from formulas import interaction_floor, row_energy_floor
 from tqdm import tqdm
 
 from safr_fast import data
@@ -30,7 +31,7 @@ from safr_fast.data.corpus import Split
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.env import describe
 from safr_fast.ops import cpp, interaction
-from safr_fast.training.config import TrainConfig
+from safr_fast.training.config import ModelConfig, TrainConfig
 from safr_fast.training.measure import build_loss, forward
 from safr_fast.training.meter import peak_memory
 from safr_fast.training.model import build_model
@@ -68,6 +69,7 @@ def main() -> None:
     measured |= {
         "plain": training.plain(options.plain_steps, longest, len(both)) if options.plain_steps else None,
         "matmul_gflops": matmul_gflops(torch.get_num_threads()),
+        "least_share_in_float32": least_share(reviews.lengths.tolist(), training.config.model, measured),
         "precision": options.precision,
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -75,6 +77,18 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(measured, indent=1))
+
+
+def least_share(lengths: list[int], model: ModelConfig, measured: dict[str, Any]) -> float | None:
+    """Of the regularisers, were all their operations done at the rate of the tiles, and the rest as it was measured."""
+    rate = tile_gflops()
+    if rate is None:
+        return None
+    heads, width = model.heads, model.dim
+    operations = sum(interaction_floor(n, heads, width // heads) + row_energy_floor(n, width) for n in lengths)
+    least = operations / (rate * 1e9 * torch.get_num_threads())
+    rest = measured["seconds"] * (1 - sum(measured["share"].values()))
+    return least / (least + rest)
 
 
 class Training:

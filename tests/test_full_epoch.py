@@ -24,4 +24,5 @@ def test_the_terms_are_timed_within_the_epoch(tmp_path: Path) -> None:
     assert measured["share"].keys() == {"importance", "interaction"}
     assert all(0 < share < 1 for share in measured["share"].values())
     assert sum(measured["share"].values()) < 1
+    assert 0 < measured["least_share_in_float32"] < 1
     assert measured["peak_mib"] > 100
