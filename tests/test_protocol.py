@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from run_support import script_accuracy
 from support import relative_error
 from torch import Tensor
 
-from runs import script_accuracy
 from safr_fast.data import Vocabulary, sources, synthetic
 from safr_fast.data.batches import EncodedSplit
 from safr_fast.data.corpus import Split

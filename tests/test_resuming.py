@@ -13,9 +13,9 @@ import pytest
 import ranks
 from ranks import TINY
 from ranks import train as run
+from run_support import assert_same_runs, contents, count_steps, interrupt_at_step, records
 from support import forkserver
 
-from runs import assert_same_runs, contents, count_steps, interrupt_at_step, records
 from safr_fast.training import RunError, TrainConfig, load_run, loop, train
 from safr_fast.training.run import RunFolder
 

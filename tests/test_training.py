@@ -11,11 +11,11 @@ import ranks
 import torch
 from ranks import SIZES, TINY
 from ranks import train as run
+from run_support import assert_same_runs, contents, records, script_accuracy
 from support import offsets
 from torch import Tensor
 
 import safr_fast as sf
-from runs import assert_same_runs, contents, records, script_accuracy
 from safr_fast.data import Truth, Vocabulary, synthetic
 from safr_fast.data.batches import Batch, EncodedSplit, by_length, token_buckets
 from safr_fast.errors import BackendUnavailable
