@@ -22,7 +22,7 @@ def task(output: ClassifierOutput, labels: Tensor) -> Tensor:
 def plain(output: ClassifierOutput, labels: Tensor) -> Tensor:
     """The released code's formulas, which make T×T tensors throughout."""
     h, ((q, k),) = output.hidden, output.qk
-    others = ~torch.eye(h.shape[-2], dtype=torch.bool)
+    others = ~torch.eye(h.shape[-2], dtype=torch.bool, device=h.device)
     polysemanticity = (h @ h.mT).square().where(others, 0).sum(-1) / (h.norm(dim=-1) + 1e-5).square()
     importance = (polysemanticity / h.shape[-1]).clamp(min=1e-30).sqrt().mean()  # closed gates leave rows of zeros
     attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
@@ -40,27 +40,33 @@ def ours(output: ClassifierOutput, labels: Tensor) -> Tensor:
 class Training:
     """The same weights and batch in every step."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, samples: int = SAMPLES, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.model = SAFRClassifier(WORDS)
+        self.device = device
+        self.model = SAFRClassifier(WORDS).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0)
-        self.ids = torch.randint(WORDS, (SAMPLES, length))
-        self.labels = torch.randint(2, (SAMPLES,))
+        self.ids = torch.randint(WORDS, (samples, length), device=device)
+        self.labels = torch.randint(2, (samples,), device=device)
 
     def forward(self) -> ClassifierOutput:
         torch.manual_seed(1)  # of gates and dropout
         return self.model(self.ids)
 
-    def provider(self, name: str, loss, exact, precision: str) -> Provider:
+    def provider(self, name: str, loss, exact, precision: str, dtype: torch.dtype = torch.float32) -> Provider:
+        """16-bit dtypes by autocast."""
+        autocast = torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
+
         def step() -> list[Tensor]:
-            value = loss(self.forward(), self.labels)
+            with autocast:
+                value = loss(self.forward(), self.labels)
             self.optimizer.zero_grad()
             value.backward()
             self.optimizer.step()
             return [value.detach()]
 
         with torch.no_grad():
-            logits, hidden, qk, gate = self.forward()
+            with autocast:
+                logits, hidden, qk, gate = self.forward()
             output = ClassifierOutput(
                 logits.double(), hidden.double(), tuple((q.double(), k.double()) for q, k in qk), gate
             )

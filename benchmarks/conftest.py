@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("medians side by side")
     for bench in rows:
         times = ", ".join(
-            f"{name} {'wrong' if p['ms'] is None else format(p['ms'], '.3g') + ' ms'} ({p['error']:.0e})"
+            f"{name} {p.get('why', 'wrong') if p['ms'] is None else format(p['ms'], '.3g') + ' ms'} ({p['error']:.0e})"
             for name, p in bench.extra_info["providers"].items()
         )
         shares = ", ".join(

@@ -72,16 +72,19 @@ def _section(name: str, run: Run) -> Iterable[str]:
     yield ""
     yield f"{versions}. {_rates(run)}"
     yield ""
-    for title in PLOTTED:
-        yield f"![Time and memory of {title} against length](benchmarks/results/{_plot_name(name, title)})"
-        yield ""
-    yield from _target_table(run)
     groups: dict[str, list[Bench]] = {}
     for case in run["cases"]:
         groups.setdefault(case["group"], []).append(case)
+    for title in (title for title, group in PLOTTED.items() if group in groups):
+        yield f"![Time and memory of {title} against length](benchmarks/results/{_plot_name(name, title)})"
+        yield ""
+    yield from _target_table(run)
     for group, cases in groups.items():
         yield f"### {group[0].upper()}{group[1:]}"
         yield ""
+        if "device" in cases[0]:
+            yield from _gpu_table(cases)
+            continue
         yield "| case | threads | provider | ms | × | error | of matmul | MiB |"
         yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
         for case in cases:
@@ -91,9 +94,29 @@ def _section(name: str, run: Run) -> Iterable[str]:
         yield ""
 
 
+def _gpu_table(cases: Sequence[Bench]) -> Iterable[str]:
+    """Times by events, launches included, and of a CUDA graph."""
+    first = cases[0]
+    rates = ", ".join(f"{dtype} {rate:.0f} TFLOP/s" for dtype, rate in first["matmul_tflops"].items())
+    yield f"{first['device']}, cold L2. `torch.mm` of {rates}; a copy {first['copy_gbytes']:.0f} GB/s."
+    yield ""
+    yield "| case | provider | ms | × | as a graph, ms | error | of matmul | of copy | MiB |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    keys = {"times_as_long": ".2f", "graph_ms": ".3g", "error": ".0e", "fraction_of_matmul": ".2f",
+            "fraction_of_copy": ".2f", "peak_mib": ".0f"}  # fmt: skip
+    for case in cases:
+        for index, (provider, p) in enumerate(case["providers"].items()):
+            ms = p.get("why", "wrong")[:60].replace("|", "/") if p["ms"] is None else f"{p['ms']:.3g}"
+            cells = ["" if p.get(key) is None else format(p[key], form) for key, form in keys.items()]
+            yield f"| {case['case'] if index == 0 else ''} | {_provider(provider, case)} | {ms} | {' | '.join(cells)} |"
+    yield ""
+
+
 def _rates(run: Run) -> str:
     """What products of float32 reach on one thread."""
-    one = [case for case in run["cases"] if case["threads"] == 1]
+    one = [case for case in run["cases"] if case.get("threads") == 1]
+    if not one:
+        return "Of a GPU alone."
     own = next((case["tile_gflops"] for case in one if case.get("tile_gflops")), None)
     tiles = f", this package's tiles {own:.0f}" if own else ""
     return f"On one thread `torch.mm` of float32 reaches {one[0]['matmul_gflops']:.0f} GFLOP/s{tiles}."
@@ -136,7 +159,7 @@ def _target_table(run: Run) -> Iterable[str]:
 def _ratio(run: Run, row: Target, threads: int, rivals: Sequence[str], must: float) -> str:
     """The fastest rival's time over ours."""
     for case in run["cases"]:
-        if case["group"] == row.group and case.get("length") == row.length and case["threads"] == threads:
+        if case["group"] == row.group and case.get("length") == row.length and case.get("threads") == threads:
             own = case["providers"].get(row.provider)
             times = [case["providers"][name]["times_as_long"] for name in rivals if name in case["providers"]]
             known = [time for time in times if time]
@@ -154,7 +177,9 @@ def plot(name: str, run: Run, title: str, group: str, threads: int = 1) -> None:
     """Time and memory against length, both axes logarithmic, every provider a line."""
     from matplotlib import pyplot
 
-    cases = [c for c in run["cases"] if c["group"] == group and c["threads"] == threads]
+    cases = [c for c in run["cases"] if c["group"] == group and c.get("threads") == threads]
+    if not cases:
+        return
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, key, label in (
         (axes[0], "ms", "time, ms a head or 8,192 tokens"),

@@ -3,7 +3,10 @@
 No Triton here: the ops' fake versions ask for the crossover.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +14,9 @@ import torch
 
 WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
 WIDEST_UNALIGNED_ROW = 128
+CACHED_BYTES = 48 << 20  # what about stays in the L2 cache of a large GPU
+WORKSPACE_BYTES = 256 << 20
+FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 
 
@@ -24,6 +30,7 @@ class Config:
     out: int = 0  # features of a gradient tile
     num_warps: int = 4
     num_stages: int = 2
+    descriptors: bool = False  # products of the workspace's matrices read them by TMA, on sm_90 and later
 
     @property
     def execution(self) -> dict[str, Any]:
@@ -145,11 +152,37 @@ _UNALIGNED = {
 }
 
 
-def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
-    """The configuration of a kernel for rows of ``width`` features, whose operands have ``bits``."""
+Chooser = Callable[[str, int, int, Config], Config]  # of kernel, bits, width and the table's entry
+_chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
+
+
+@contextlib.contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Within, in this thread, ``chooser`` has the last word on configurations, see ``tuning``."""
+    token = _chooser.set(chooser)
+    try:
+        yield
+    finally:
+        _chooser.reset(token)
+
+
+def table(kind: str) -> dict[tuple[str, int], Config]:
+    """Of an architecture, for aligned rows."""
+    return _CONFIGS | _OVERRIDES[kind]
+
+
+def entry(kernel: str, bits: int, width: int, device: torch.device) -> Config:
+    """What the table has for a kernel and rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
     unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
-    found = next(table[kernel, bits] for table in (unaligned, _OVERRIDES[kind], _CONFIGS) if (kernel, bits) in table)
+    return unaligned.get((kernel, bits)) or table(kind)[kernel, bits]
+
+
+def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
+    """The configuration to launch it with, no wider than the rows."""
+    found = entry(kernel, bits, width, device)
+    if (chooser := _chooser.get()) is not None:
+        found = chooser(kernel, bits, width, found)
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 
@@ -190,6 +223,14 @@ def moment_guard(dtype: torch.dtype) -> float:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "medium":
         return 0.05
     return 0.25
+
+
+def heads_of_a_chunk(heads: int, head_bytes: int, workspace_bytes: int | None = None) -> int:
+    """How many heads share the interaction's workspace: as many as fit it, in chunks as equal as can be."""
+    if workspace_bytes is None:
+        workspace_bytes = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes))
+    chunks = -(-heads // max(workspace_bytes // head_bytes, 1))
+    return -(-heads // chunks)
 
 
 def product_precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -3,26 +3,26 @@
 import triton
 import triton.language as tl
 
-from .tiles import first_row, load_rows, matrix_tile, product, real_tokens, span_of, store_rows
+from .tiles import first_row, load_rows, load_tile, matrix_tile, product, real_tokens, span_of, store_rows
 
 
 @triton.jit
 def pair_product(
-    pair_ptr, attention_ptr, i0, j0, k_begin, k_stop, pitch,
+    pair_ptr, pair_desc, attention_ptr, attention_desc, matrix, i0, j0, k_begin, k_stop, pitch,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``M A``, as scaled as they are."""
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k0 in range(k_begin, k_stop, BLOCK_K):
-        pair = tl.load(matrix_tile(pair_ptr, i0, k0, pitch, BLOCK, BLOCK_K))
-        attention = tl.load(matrix_tile(attention_ptr, k0, j0, pitch, BLOCK_K, BLOCK))
+        pair = load_tile(pair_ptr, pair_desc, matrix, i0, k0, pitch, BLOCK, BLOCK_K)
+        attention = load_tile(attention_ptr, attention_desc, matrix, k0, j0, pitch, BLOCK_K, BLOCK)
         acc = product(pair, attention, acc, PRECISION)
     return acc
 
 
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def attention_gradient_kernel(
-    attention_ptr, pair_ptr, phi_ptr, mask_ptr, span_ptr, grad_ptr,
+    attention_ptr, attention_desc, pair_ptr, pair_desc, phi_ptr, mask_ptr, span_ptr, grad_ptr,
     T, H, head0, pitch,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +36,8 @@ def attention_gradient_kernel(
         return
     matrix = local_head * pitch * pitch
     through_pairs = pair_product(
-        pair_ptr + matrix, attention_ptr + matrix, i0, j0, begin // BLOCK * BLOCK, stop, pitch,
-        BLOCK, BLOCK_K, PRECISION,
+        pair_ptr + matrix, pair_desc, attention_ptr + matrix, attention_desc, local_head,
+        i0, j0, begin // BLOCK * BLOCK, stop, pitch, BLOCK, BLOCK_K, PRECISION,
     )  # fmt: skip
     phi = tl.load(matrix_tile(phi_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32)
     i, j = i0 + tl.arange(0, BLOCK), j0 + tl.arange(0, BLOCK)
@@ -55,7 +55,8 @@ def exponent_below(top, exponent):
 
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def score_gradient_kernel(
-    attention_ptr, pair_ptr, phi_ptr, row_term_ptr, row_sum_ptr, span_ptr, grad_ptr, grad_scale_ptr,
+    attention_ptr, attention_desc, pair_ptr, pair_desc, phi_ptr, row_term_ptr, row_sum_ptr, span_ptr,
+    grad_ptr, grad_scale_ptr,
     T, H, head0, pitch, tiles,
     attention_scale, pair_scale,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,8 +76,9 @@ def score_gradient_kernel(
     if IS_CAUSAL:
         k_begin = j0
     through_pairs = pair_product(
-        pair_ptr + matrix, attention_ptr + matrix, i0, j0, k_begin, stop, pitch, BLOCK, BLOCK_K, PRECISION
-    )
+        pair_ptr + matrix, pair_desc, attention_ptr + matrix, attention_desc, local_head,
+        i0, j0, k_begin, stop, pitch, BLOCK, BLOCK_K, PRECISION,
+    )  # fmt: skip
     through_pairs *= 1.0 / (pair_scale * attention_scale)
 
     i = i0 + tl.arange(0, BLOCK)

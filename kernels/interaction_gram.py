@@ -6,7 +6,7 @@ G is symmetric, so each program makes one tile of its lower triangle and serves 
 import triton
 import triton.language as tl
 
-from .tiles import matrix_tile, product, span_of, sum_of
+from .tiles import load_tile, matrix_tile, product, span_of, sum_of
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def pair_terms(gram, attention, mirrored, on_diagonal, SQUARED: tl.constexpr, EX
 
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def interaction_gram_kernel(
-    attention_ptr, span_ptr, pair_ptr, phi_ptr, row_term_ptr, loss_ptr,
+    attention_ptr, attention_desc, span_ptr, pair_ptr, phi_ptr, row_term_ptr, loss_ptr,
     T, H, head0, pitch, tiles,
     attention_scale, pair_scale,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, SQUARED: tl.constexpr,
@@ -51,8 +51,8 @@ def interaction_gram_kernel(
 
     gram = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k0 in range(begin // BLOCK * BLOCK, k_stop, BLOCK_K):
-        a_i = tl.load(matrix_tile(attention_ptr, i0, k0, pitch, BLOCK, BLOCK_K))
-        a_j = tl.load(matrix_tile(attention_ptr, j0, k0, pitch, BLOCK, BLOCK_K))
+        a_i = load_tile(attention_ptr, attention_desc, local_head, i0, k0, pitch, BLOCK, BLOCK_K)
+        a_j = load_tile(attention_ptr, attention_desc, local_head, j0, k0, pitch, BLOCK, BLOCK_K)
         gram = product(a_i, a_j.trans(), gram, PRECISION)
     gram *= 1.0 / (attention_scale * attention_scale)
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .attention_workspace import softmax_kernel, stage_kernel
@@ -24,9 +25,6 @@ from .interaction_gradient import (
 from .interaction_gram import interaction_gram_kernel, interaction_total_kernel
 from .tensors import as_bytes, readable, spans
 
-CACHED_BYTES = 32 << 20  # what stays in the L2 cache of a large GPU
-WORKSPACE_BYTES = 256 << 20
-FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 LOG2_E = 1.4426950408889634
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -80,9 +78,7 @@ class Workspace:
 
         matrices = 3 if need_grad else 1
         head_bytes = matrices * self.pitch**2 * arithmetic.matrix.itemsize
-        if workspace_bytes is None:
-            workspace_bytes = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes))
-        self.heads = min(batch * self.H, max(workspace_bytes // head_bytes, 1))
+        self.heads = configs.heads_of_a_chunk(batch * self.H, head_bytes, workspace_bytes)
         matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
         self.attention, self.pair, self.phi = matrix if need_grad else (*matrix, None, None)
         self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
@@ -94,10 +90,25 @@ class Workspace:
         count = self.total.numel()
         return [(first, min(self.heads, count - first)) for first in range(0, count, self.heads)]
 
+    def descriptor(self, matrix: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+        """Of tiles of the chunk's matrices laid end to end, where the configuration reads them by TMA."""
+        if not self.config.descriptors:
+            return None
+        return TensorDescriptor.from_tensor(matrix.view(-1, self.pitch), [rows, columns])
+
+    def product_operands(self) -> tuple[Tensor | TensorDescriptor | None, ...]:
+        """A and M, each with its descriptor, for ``M A``."""
+        rows, features = self.config.rows, self.config.features
+        return (
+            self.attention, self.descriptor(self.attention, features, rows),
+            self.pair, self.descriptor(self.pair, rows, features),
+        )  # fmt: skip
+
     def gram(self, head0: int, heads: int) -> None:
         """The loss of a chunk and, for the gradient, M, φ(G) and the row term."""
         interaction_gram_kernel[(self.tiles, self.tiles, heads)](
-            self.attention, self.span, self.pair, self.phi, self.row_term, self.loss,
+            self.attention, self.descriptor(self.attention, self.config.rows, self.config.features),
+            self.span, self.pair, self.phi, self.row_term, self.loss,
             self.T, self.H, head0, self.pitch, self.tiles,
             self.arithmetic.attention_scale, self.arithmetic.pair_scale,
             BLOCK=self.config.rows, BLOCK_K=self.config.features, IS_CAUSAL=self.is_causal, **self.form,
@@ -117,9 +128,10 @@ def from_attention(
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     arithmetic = Arithmetic.of_attention(attention)
-    block = configs.config("attention_block", arithmetic.bits, configs.WIDEST_ROW, attention.device)
-    if attention.numel() > 0 and attention.shape[-1] <= block.rows:
-        return _launch_attention_block(attention, mask, arithmetic, block, squared, exclude_diagonal, need_grad)
+    block = "attention_block", arithmetic.bits, configs.WIDEST_ROW, attention.device
+    if attention.numel() > 0 and attention.shape[-1] <= configs.entry(*block).rows:
+        config = configs.config(*block)
+        return _launch_attention_block(attention, mask, arithmetic, config, squared, exclude_diagonal, need_grad)
     grad = attention.new_zeros(attention.shape if need_grad else 0)
     if attention.numel() == 0:
         return attention.new_zeros(attention.shape[:2], dtype=torch.float32), grad
@@ -137,7 +149,7 @@ def from_attention(
         work.gram(head0, heads)
         if need_grad:
             attention_gradient_kernel[grid](
-                work.attention, work.pair, work.phi, mask, span, grad, work.T, work.H, head0, work.pitch,
+                *work.product_operands(), work.phi, mask, span, grad, work.T, work.H, head0, work.pitch,
                 BLOCK=config.rows, BLOCK_K=config.features, PRECISION=work.arithmetic.precision, **config.execution,
             )  # fmt: skip
     return work.total, grad
@@ -154,9 +166,10 @@ def from_qk(
     need_grad: bool,
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    block = configs.config("interaction_block", 8 * q.dtype.itemsize, q.shape[-1], q.device)
-    if q.shape[:3].numel() > 0 and q.shape[2] <= block.rows:
-        return _launch_interaction_block(q, k, mask, block, scale, is_causal, squared, exclude_diagonal, need_grad)
+    block = "interaction_block", 8 * q.dtype.itemsize, q.shape[-1], q.device
+    if q.shape[:3].numel() > 0 and q.shape[2] <= configs.entry(*block).rows:
+        config = configs.config(*block)
+        return _launch_interaction_block(q, k, mask, config, scale, is_causal, squared, exclude_diagonal, need_grad)
     grad_q, grad_k = (q.new_zeros(q.shape if need_grad else 0, dtype=torch.float32) for _ in range(2))
     if q.shape[:3].numel() == 0:
         return q.new_zeros(q.shape[:2], dtype=torch.float32), grad_q, grad_k
@@ -230,7 +243,7 @@ def _launch_score_gradient(work: Workspace, head0: int, heads: int) -> tuple[Ten
     score_grad_scale = work.total.new_empty(heads, work.tiles)
     config = work.config
     score_gradient_kernel[(work.tiles, work.tiles, heads)](
-        work.attention, work.pair, work.phi, work.row_term, work.row_sum, work.span, score_grad, score_grad_scale,
+        *work.product_operands(), work.phi, work.row_term, work.row_sum, work.span, score_grad, score_grad_scale,
         work.T, work.H, head0, work.pitch, work.tiles, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
         BLOCK=config.rows, BLOCK_K=config.features, IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision,
         **config.execution,

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from . import configs
-from .interaction_launch import LOG2_E, TRITON_DTYPES, WORKSPACE_BYTES, Arithmetic
+from .interaction_launch import LOG2_E, TRITON_DTYPES, Arithmetic
 from .interaction_packed import (
     packed_gram_kernel,
     packed_key_gradient_kernel,
@@ -47,7 +47,7 @@ class Strips:
 
         matrix = self.arithmetic.matrix
         strip_bytes = 2 * self.block * self.pitch * matrix.itemsize
-        self.strips = max(1, min(self.H * self.slots, (workspace_bytes or WORKSPACE_BYTES) // strip_bytes))
+        self.strips = max(1, min(self.H * self.slots, (workspace_bytes or configs.WORKSPACE_BYTES) // strip_bytes))
         self.top, self.row_total, self.row_sum = q.new_empty(3, self.H, self.N, dtype=torch.float32)
         self.loss = self.top.new_empty(self.strips, self.tiles)
         self.strip_loss = self.top.new_empty(self.H * self.slots)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .availability import description, unavailable_reason
 from .configs import moment_slots
+from .tuning import tuned
 
 __all__ = [
     "description",
@@ -26,7 +27,7 @@ def row_energy(
     from . import row_energy_launch
 
     with torch.cuda.device_of(h):
-        return row_energy_launch.forward(h, mask, cu_seqlens, save_moments)
+        return tuned(lambda: row_energy_launch.forward(h, mask, cu_seqlens, save_moments), h, _tokens(h, cu_seqlens))
 
 
 def row_energy_backward(
@@ -42,10 +43,10 @@ def row_energy_backward(
     """Gradient of ``h``, from those of the energy and of the squared norm."""
     from . import row_energy_launch
 
+    rows = (energy, squared_norm, moments, grad_energy, grad_squared_norm)
     with torch.cuda.device_of(h):
-        return row_energy_launch.backward(
-            h, mask, cu_seqlens, energy, squared_norm, moments, grad_energy, grad_squared_norm
-        )
+        (grad_h,) = tuned(lambda: (row_energy_launch.backward(h, mask, cu_seqlens, *rows),), h, _tokens(h, cu_seqlens))
+    return grad_h
 
 
 def importance(
@@ -62,7 +63,9 @@ def importance(
     from . import row_energy_launch
 
     with torch.cuda.device_of(h):
-        return row_energy_launch.importance(h, mask, cu_seqlens, eps, scale, mean, save)
+        return tuned(
+            lambda: row_energy_launch.importance(h, mask, cu_seqlens, eps, scale, mean, save), h, _tokens(h, cu_seqlens)
+        )
 
 
 def importance_backward(
@@ -80,10 +83,12 @@ def importance_backward(
     """Gradient of ``h``, from that of the loss."""
     from . import row_energy_launch
 
+    sums = (energy, squared_norm, moments, moment_norm, factor, grad_loss, eps)
     with torch.cuda.device_of(h):
-        return row_energy_launch.importance_backward(
-            h, mask, cu_seqlens, energy, squared_norm, moments, moment_norm, factor, grad_loss, eps
+        (grad_h,) = tuned(
+            lambda: (row_energy_launch.importance_backward(h, mask, cu_seqlens, *sums),), h, _tokens(h, cu_seqlens)
         )
+    return grad_h
 
 
 def interaction(
@@ -97,8 +102,9 @@ def interaction(
     """Pair sums ``(B, H)`` of stored attention, and their gradient."""
     from . import interaction_launch
 
+    form = (squared, exclude_diagonal, need_grad, workspace_bytes)
     with torch.cuda.device_of(attention):
-        return interaction_launch.from_attention(attention, mask, squared, exclude_diagonal, need_grad, workspace_bytes)
+        return tuned(lambda: interaction_launch.from_attention(attention, mask, *form), attention, attention.shape[-1])
 
 
 def interaction_from_qk(
@@ -119,5 +125,11 @@ def interaction_from_qk(
     form = (scale, is_causal, squared, exclude_diagonal, need_grad, workspace_bytes)
     with torch.cuda.device_of(q):
         if cu_seqlens is None:
-            return interaction_launch.from_qk(q, k, mask, *form)
-        return interaction_packed_launch.from_qk(q, k, cu_seqlens, *form)
+            return tuned(lambda: interaction_launch.from_qk(q, k, mask, *form), q, q.shape[2])
+        launch = interaction_packed_launch.from_qk
+        return tuned(lambda: launch(q, k, cu_seqlens, *form), q, _tokens(q.flatten(1), cu_seqlens))
+
+
+def _tokens(h: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Of a sequence; of packed ones on average, since their lengths are not known without waiting for the device."""
+    return h.shape[-2] if cu_seqlens is None else h.shape[0] // max(cu_seqlens.shape[0] - 1, 1)

@@ -33,6 +33,7 @@ Compiled ahead of time with Triton {triton}; nothing here was run. Written by `p
 held against the compiler by `tests/test_triton_compile.py`. *tiles*: tokens × tokens or features that a program works
 on at a time; *registers* of a thread; *spills*: what of them goes to memory; *programs*: how many a streaming
 multiprocessor (gfx942: compute unit) holds at a time; *matrix*: the best matrix instruction in the code.
+interaction_gram, score_gradient and attention_gradient in three stages read by TMA, which tuning tries too.
 """
 TILES = ("BLOCK", "BLOCK_T", "BLOCK_J", "BLOCK_K", "BLOCK_E", "BLOCK_D", "BLOCK_OUT")
 
@@ -172,8 +173,17 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     interaction_launch.from_qk(q, k, mask, 0.1, True, True, False, True)
     interaction_launch.from_qk(q, k, None, 0.1, False, True, False, False)
     interaction_launch.from_attention(empty(4, 8, 1024, 1024), mask, True, True, True)
+    if dtype.itemsize == 2 and configs.architecture(q.device) in ("hopper", "blackwell"):
+        with configs.choosing(_by_descriptors):
+            interaction_launch.from_qk(q, k, mask, 0.1, False, True, False, True)
+            interaction_launch.from_qk(q, k, None, 0.1, True, True, False, True)
+            interaction_launch.from_attention(empty(4, 8, 1024, 1024), mask, True, True, True)
     q, k = empty(2048, 8, 64), empty(2048, 2, 64)
     interaction_packed_launch.from_qk(q, k, cu_seqlens, 0.1, dtype == torch.float32, True, False, True)
+
+
+def _by_descriptors(kernel: str, bits: int, width: int, found: Any) -> Any:
+    return replace(found, num_warps=8, num_stages=3, descriptors=True) if kernel == "interaction" else found
 
 
 def _read(binary: Any, target: Target) -> dict[str, Any]:

@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import configs
+
 PAGE = Path(__file__).parent / "ROOFLINE.md"
 # An H100 SXM as matrix products, copies and exponentials reach it, rather than as its data sheet has it.
 FLOPS = 798e12  # bfloat16, a second
@@ -14,7 +16,7 @@ CACHE = 5.5e12  # bytes a second, from L2
 EXPONENTIALS = 132 * 16 * 1.7e9  # a second
 LAUNCH = 2.5e-6  # seconds from one kernel to the next, without a CUDA graph
 REACHED = 0.7  # of FLOPS, by kernels whose tiles meet in registers only once
-CACHED_BYTES, WORKSPACE_BYTES, FILLING_HEADS = 32 << 20, 256 << 20, 8  # as in interaction_launch
+TILE = configs.table("hopper")["interaction", 16].rows
 PROGRAMS = 256  # as in row_energy_launch
 
 
@@ -73,7 +75,7 @@ def importance(B: int, T: int, E: int, aim: str) -> Shape:
     """Forward and backward in bfloat16. Each kernel reads h once from memory, or from L2 where all of it fits there."""
     rows = 2 * B * T * E  # bytes
     sums = 8 * B * T
-    place = "cache" if rows < CACHED_BYTES else "memory"
+    place = "cache" if rows < configs.CACHED_BYTES else "memory"
     name = f"importance loss, B={B}, T={T}, E={E}"
     if T < 2 * E or T <= 512:
         gram = 2 * B * T * T * E
@@ -93,7 +95,12 @@ def importance(B: int, T: int, E: int, aim: str) -> Shape:
 
 
 def interaction(heads: int, T: int, D: int, aim: str) -> Shape:
-    """Loss and gradients of q and k in bfloat16: A, M and φ(G) of a chunk of heads are all that is written between."""
+    """Loss and gradients of q and k in bfloat16: A, M and φ(G) of a chunk of heads are all that is written between.
+
+    A program reads its operands from L2 however often others read them, tile by tile. What one kernel leaves to the
+    next passes through L2 too, and through memory unless the matrices alive between them fit in L2, which are all three
+    before ``M A``, else one.
+    """
     inputs, gradients = 4 * heads * T * D, 8 * heads * T * D
     square = heads * T * T
     floor = 3 * heads * T**3
@@ -101,31 +108,39 @@ def interaction(heads: int, T: int, D: int, aim: str) -> Shape:
     if T <= 64:
         return Shape(name, floor, [Work(4 * heads * T**3, memory=inputs + gradients, exponentials=square)], aim)
     head_bytes = 6 * T * T
-    chunk = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes)) // head_bytes
-    chunks = -(-heads // max(chunk, 1))
-    place = "cache" if chunk * head_bytes <= CACHED_BYTES else "memory"
-    tiles = T / 64
+    chunk = configs.heads_of_a_chunk(heads, head_bytes)
+    chunks = -(-heads // chunk)
+
+    def kernel(flops: float, between: float, operands: float, alive: int, launches: int = 1, **more: float) -> Work:
+        """``between``: bytes that it shares with other kernels, of ``alive`` matrices a head."""
+        cached = chunk * alive * 2 * T * T <= configs.CACHED_BYTES
+        return Work(flops, 0 if cached else between, operands + between, launches=launches * chunks, **more)
+
+    half = heads * T**3 * (1 + TILE / T)  # operations on the lower triangle, tiles on the diagonal whole
     kernels = [
-        Work(4 * square * D, exponentials=2 * square, **{place: 2 * square}, launches=chunks),
-        Work(heads * T**3 * (1 + 1 / tiles), **{place: 6 * square}, launches=2 * chunks),  # with the sum of tiles
-        Work(2 * heads * T**3, **{place: 8 * square}, launches=chunks),
-        Work(2 * square * D, **{place: 2 * square}, launches=chunks),
-        Work(2 * square * D, **{place: 2 * square}, launches=chunks),
+        kernel(4 * square * D, 2 * square, 4 * square * D / TILE, 1, exponentials=2 * square),
+        kernel(half, 6 * square, 2 * half / TILE, 3, launches=2),  # with the sum of tiles
+        kernel(2 * heads * T**3, 8 * square, 4 * heads * T**3 / TILE, 3),
+        kernel(2 * square * D, 2 * square, 2 * square * D / TILE, 1),
+        kernel(2 * square * D, 2 * square, 2 * square * D / TILE, 1),
         Work(memory=inputs + 2 * gradients, launches=2),  # gradients begin as zeros
     ]
     return Shape(name, floor, kernels, aim)
 
 
+# What is aimed at, by T.
+B, E, HEADS, D = 32, 256, 256, 64
+IMPORTANCE = {128: "≤ 6 launches", 512: "≤ 6 launches", 2048: "≤ 1.6 × floor", 8192: "≤ 1.6 × floor"}
+INTERACTION = {
+    64: "one launch",
+    256: "≤ 130 µs",
+    512: "≤ 430 µs",
+    2048: "≤ 1.8 × floor",
+    8192: "≤ 1.8 × floor",
+}
 SHAPES = [
-    importance(32, 128, 256, "≤ 6 launches"),
-    importance(32, 512, 256, "≤ 6 launches"),
-    importance(32, 2048, 256, "≤ 1.6 × floor"),
-    importance(32, 8192, 256, "≤ 1.6 × floor"),
-    interaction(256, 64, 64, "one launch"),
-    interaction(256, 256, 64, "≤ 130 µs"),
-    interaction(256, 512, 64, "≤ 430 µs"),
-    interaction(256, 2048, 64, "≤ 1.8 × floor"),
-    interaction(256, 8192, 64, "≤ 1.8 × floor"),
+    *(importance(B, T, E, aim) for T, aim in IMPORTANCE.items()),
+    *(interaction(HEADS, T, D, aim) for T, aim in INTERACTION.items()),
 ]
 
 
@@ -142,6 +157,9 @@ def page() -> str:
             f"of products at {REACHED:.0%} of that, memory at {MEMORY / 1e12:.1f} TB/s, L2 at {CACHE / 1e12:.1f} TB/s",
             f"and exponentials at {EXPONENTIALS / 1e12:.1f} T/s, and {LAUNCH * 1e6:.1f} µs a launch; summed.",
             "*limiter*: what the largest share of that goes to. Under a CUDA graph a launch costs about half.",
+            "",
+            f"The interaction's tiles of {TILE}×{TILE} read an operand from L2 once for every {TILE} rows or columns",
+            "that it meets, which limits it from T=256 on. Tiles of twice the side would halve that.",
             "",
             "| | floor | expected | limiter | launches | aim | measured |",
             "| --- | --- | --- | --- | --- | --- | --- |",

@@ -153,6 +153,16 @@ def matrix_tile(ptr, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptr, descriptor, matrix, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One tile of a square matrix at ``ptr``, the ``matrix``-th of those that a TMA descriptor, if given, covers."""
+    if descriptor is not None:
+        tile = descriptor.load([(matrix * pitch + i0).to(tl.int32), j0])
+    else:
+        tile = tl.load(matrix_tile(ptr, i0, j0, pitch, ROWS, COLUMNS))
+    return tile
+
+
+@triton.jit
 def mask_span(mask_ptr, T, BLOCK: tl.constexpr):
     """First, one past the last, and number of the real tokens of one sample."""
     begin = tl.full((BLOCK,), 2147483647, tl.int32)

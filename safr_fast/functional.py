@@ -263,7 +263,7 @@ def interaction_loss(
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
         workspace_bytes: of ``"triton"``: what the T×T matrices of the heads in work may take at a time, though never
-            less than one head's. If None, 32 MiB or, where eight heads need more, what they need up to 256 MiB.
+            less than one head's. If None, 48 MiB or, where eight heads need more, what they need up to 256 MiB.
             Shows in no bit of the result.
         impl: back end, see :mod:`safr_fast.functional`.
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from safr_fast.evaluation.run import average_capacity, evaluate_scores
 from safr_fast.evaluation.statistics import bootstrap, paired_test, t_interval
 from safr_fast.evaluation.table import table
 from safr_fast.nn import SAFRClassifier, TransformerClassifier
-from safr_fast.training import ModelConfig, TrainConfig, loop, train
+from safr_fast.training import ModelConfig, TrainConfig, TrainResult, load_run, loop, train
 from safr_fast.training.agreement import above
 
 SIZES = {"dim": 16, "heads": 4, "feedforward": 32}
@@ -304,38 +305,39 @@ def test_an_evaluation_of_planted_scores_finds_the_words_that_decide() -> None:
     assert result["normalised_aopc"]["rankers"]["planted"][0] > result["normalised_aopc"]["rankers"]["random"][0]
 
 
-@pytest.fixture(scope="module")
-def planted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Corpus]:
+def planted_run(out: Path, seed: int) -> TrainResult:
     """A small classifier that has learnt the rule of generated reviews."""
-    corpus = synthetic(0, {"train": 3_000, "dev": 300, "test": 300})
-    out = tmp_path_factory.mktemp("planted") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop.data, "load", lambda *_, **__: corpus)
-        model = ModelConfig(dim=64, heads=4, feedforward=64, mask_hidden=32)
-        config = TrainConfig(
-            out=out, model=model, learning_rate=2e-3, epochs=6, patience=6, device="cpu", lambda_importance=0.02, seed=1
-        )
-        result = train(config, report=lambda _: None)
-        assert result.test["accuracy"] > 0.7
-        assert result.agreement["pair_attention"] > 3
-        evaluate_run(out, EvaluationConfig(k=(20, 30), normalised=3))
-    return out, corpus
+    model = ModelConfig(dim=64, heads=4, feedforward=64, mask_hidden=32)
+    options: dict[str, Any] = {"learning_rate": 2e-3, "epochs": 6, "patience": 6, "lambda_importance": 0.02}
+    return train(TrainConfig(out=out, model=model, device="cpu", seed=seed, **options), report=lambda _: None)
 
 
-def test_capacity_where_the_importance_term_acts_finds_the_planted_words(planted_run: tuple[Path, Corpus]) -> None:
-    out, corpus = planted_run
-    from safr_fast.training import load_run
-
+def separation(corpus: Corpus, out: Path, name: str) -> float:
+    """How often a planted word of the test texts scores above one that is not."""
     model, vocabulary, config = load_run(out)
     scores = score(model, Predictor(model, vocabulary, config).encode(corpus.test.texts))
-    truth = corpus.test.truth
-    assert truth is not None
+    by_role: dict[bool, list[float]] = {True: [], False: []}
+    for row, planted in zip(scores[name], corpus.test.truth or (), strict=True):
+        for value, role in zip(row.tolist(), planted.roles, strict=True):
+            by_role[role != "filler"].append(value)
+    return above(torch.tensor(by_role[True]), torch.tensor(by_role[False]))
+
+
+def test_capacity_where_the_importance_term_acts_finds_the_planted_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = synthetic(0, {"train": 3_000, "dev": 300, "test": 300})
+    monkeypatch.setattr(loop.data, "load", lambda *_, **__: corpus)
+    runs = [planted_run(tmp_path / str(seed), seed) for seed in range(3)]
+    for run in runs:
+        assert run.test["accuracy"] > 0.7
+        assert run.agreement["pair_attention"] > 3
     for name in ("vmask", "capacity:vmask"):
-        by_role: dict[bool, list[float]] = {True: [], False: []}
-        for row, planted in zip(scores[name], truth, strict=True):
-            for value, role in zip(row.tolist(), planted.roles, strict=True):
-                by_role[role != "filler"].append(value)
-        assert above(torch.tensor(by_role[True]), torch.tensor(by_role[False])) > 0.85, name
+        found = sorted(separation(corpus, run.out, name) for run in runs)
+        assert found[0] > 0.75, name  # by chance: 0.5
+        assert found[1] > 0.9, name
+    out = runs[0].out
+    evaluate_run(out, EvaluationConfig(k=(20, 30), normalised=3))
     result = json.loads((out / "evaluation.json").read_text())
     found, control = (result["rankers"][name]["k"]["30"] for name in ("capacity:vmask", "random"))
     assert found["srs"][1] > control["srs"][2]

@@ -21,10 +21,16 @@ def test_a_dry_run_tests_measures_sweeps_and_writes(tmp_path: Path) -> None:
     session = json.loads(result.read_text())
     assert session["tests"]["rc"] == 0
     assert session["tests"]["counts"]["passed"] > 0
-    assert {case["kind"] for case in session["cases"]} == {"importance", "interaction"}
+    assert {case["kind"] for case in session["cases"]} == {
+        "row energy", "importance loss", "interaction from A", "interaction from q, k"
+    }  # fmt: skip
     assert all(case["error"] < 1e-4 and case["ms"] > 0 for case in session["cases"])
-    assert [trial["is_table"] for trial in session["sweep"]] == [True, False]
+    assert all(case["fraction_of_matmul"] > 0 and case["fraction_of_copy"] > 0 for case in session["cases"])
+    assert [trial["is_table"] for trial in session["sweep"]] == [True, *[False] * (len(session["sweep"]) - 1)]
+    assert len(session["sweep"]) > 1
     assert all(trial["difference"] < 1e-5 for trial in session["sweep"])
+    (chosen,) = (tmp_path / "tuning").glob("*.json")
+    assert set(json.loads(chosen.read_text())["chosen"]) == {trial["name"] for trial in session["sweep"]}
     assert result.with_suffix(".md").read_text() in run.stdout
 
 

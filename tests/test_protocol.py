@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_support import script_accuracy
 from support import relative_error
 from torch import Tensor
 
@@ -118,15 +119,7 @@ def test_pads_are_tokens_of_one_protocol_and_the_gate_is_measured_on_words_alone
 def test_the_protocol_says_which_epoch_is_tested(
     corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: Any, tested: int, said: str
 ) -> None:
-    """Development accuracy is scripted to peak at the second epoch."""
-    accuracies = iter([0.6, 0.8, 0.8, 0.7])
-    seen: list[dict[str, Tensor]] = []
-
-    def scripted(model: torch.nn.Module, *arguments: Any) -> dict[str, float]:
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return evaluate(model, *arguments) | {"accuracy": next(accuracies, 0.0)}  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "evaluate", scripted)
+    seen = script_accuracy(monkeypatch, 0.6, 0.8, 0.8, 0.7)
     lines: list[str] = []
     config = TrainConfig(
         protocol=protocol, max_len=24, epochs=9, patience=2, device="cpu", model=TINY, out=tmp_path / "run"

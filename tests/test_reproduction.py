@@ -1,6 +1,7 @@
 """Tables: rows, resumption, intervals, and which of the paper's figures stand beside ours."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safr_fast.data import synthetic
 from safr_fast.evaluation.statistics import t_interval
 from safr_fast.reproduction import run as module
 from safr_fast.reproduction.config import ReproductionConfig
+from safr_fast.reproduction.gradients import gradient_shares
 from safr_fast.reproduction.run import reproduce
 from safr_fast.reproduction.settings import BASELINE, Setting, rows
 from safr_fast.reproduction.tables import markdown, summarise
 from safr_fast.training import ModelConfig, OptionError, RunError, loop
+from safr_fast.training.run import RunFolder
 
 TINY = ModelConfig(dim=16, heads=2, feedforward=16, mask_hidden=8)
 
@@ -83,6 +86,40 @@ def test_an_interrupted_series_keeps_what_is_done(
     assert small == before  # both had been trained
     stored = json.loads((tmp_path / "table2-synthetic.json").read_text())
     assert [row["setting"] for row in stored["rows"]] == ["baseline", "0,0"]
+
+
+def test_a_table_of_what_is_finished_trains_nothing(small: list[str], tmp_path: Path) -> None:
+    wanted = {"rows": ("baseline", "0.1,0.1"), "protocol": "masked", "log_gradients": True}
+    with pytest.raises(RunError, match="no run of table2 is finished"):
+        reproduce("table2", config(tmp_path, finished_only=True, **wanted), report=quiet)
+    reproduce("table2", config(tmp_path, seeds=1, **wanted), report=quiet)
+    trained = len(small)
+    for weights in tmp_path.glob("*/*.safetensors"):
+        weights.unlink()
+    text = reproduce("table2", config(tmp_path, finished_only=True, **wanted), report=quiet)
+    assert len(small) == trained
+    assert [line.split(" | ")[1:3] for line in text.splitlines()[-2:]] == [["baseline", "1"], ["0.1,0.1", "1"]]
+
+
+def test_gradient_shares_are_of_the_mean_norms(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = ReproductionConfig.training
+    monkeypatch.setattr(ReproductionConfig, "training", lambda *run: replace(training(*run), log_every=1))
+    wanted = {"rows": ("baseline", "0.1,0.2"), "protocol": "masked", "log_gradients": True, "seeds": 1}
+    reproduce("table2", config(tmp_path, **wanted), report=quiet)
+    folder = RunFolder(tmp_path / "synthetic-masked-imp0.1-inter0.2-seed0")
+    steps = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    norms = [step["train"] for step in steps if step["event"] == "step"]
+    total = {term: sum(n[f"gradient_{term}"] for n in norms) for term in ("cross_entropy", "importance", "interaction")}
+    means = {term: 100 * total[term] / total["cross_entropy"] for term in ("importance", "interaction")}
+    baseline, row = json.loads((tmp_path / "table2-synthetic.json").read_text())["rows"]
+    assert len(norms) > 1
+    assert row["gradients"]["importance"][0] == pytest.approx(0.1 * means["importance"])
+    assert row["gradients"]["interaction"][0] == pytest.approx(0.2 * means["interaction"])
+    assert baseline["gradients"] == {}
+    folder.metrics_file.unlink()
+    assert gradient_shares(folder) == pytest.approx({term: row["gradients"][term][0] / 100 for term in means})
 
 
 def test_runs_of_other_settings_are_not_taken_for_the_tables(small: list[str], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The Triton interaction works through chunks of a bounded workspace, whose size shows in no bit of the result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import DEVICE, normal, offsets
@@ -44,6 +46,34 @@ def test_chunks_of_stored_attention_do_not_show() -> None:
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
     for result in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_matrices_are_the_same_read_by_descriptors(rows: int, is_causal: bool) -> None:
+    """Also where a chunk holds several heads, and where a sample begins and ends with padding."""
+    from safr_fast.kernels import configs, launch
+
+    mask = torch.ones(2, 150, dtype=torch.bool, device=DEVICE)
+    mask[0, :70] = mask[1, 130:] = False
+    q, k = normal(2, 2, 150, 8, seed=1).to(DEVICE), normal(2, 1, 150, 8, seed=2).to(DEVICE)
+    attention = normal(2, 2, 150, 150).softmax(-1).to(DEVICE)
+    form = {"squared": True, "exclude_diagonal": False, "need_grad": True, "workspace_bytes": 3 * 3 * 256**2 * 4}
+    results = []
+    for descriptors in (False, True):
+
+        def choose(
+            kernel: str, bits: int, width: int, found: configs.Config, descriptors: bool = descriptors
+        ) -> configs.Config:
+            return replace(found, rows=rows, descriptors=descriptors) if kernel == "interaction" else found
+
+        with configs.choosing(choose):
+            of_qk = launch.interaction_from_qk(q, k, mask, None, scale=0.3, is_causal=is_causal, **form)
+            of_attention = launch.interaction(attention, mask, **form)
+        results.append((*of_qk, *of_attention))
+    for by_pointers, by_descriptors in zip(*results, strict=True):
+        assert torch.equal(by_pointers, by_descriptors)
+        assert by_pointers.any()
 
 
 @pytest.mark.parametrize("cu_seqlens", [[-9, 40, 20, 2**31 - 1], [300, 310], [60, 90]], ids=str)

@@ -29,6 +29,8 @@ class ReproductionConfig:
     """Settings, each baseline or two weights such as 1,0.1 (importance, interaction); all of the table by default."""
     out: Path = Path("runs/reproduction")
     """Folder of all runs, and of the results. What is there already is not done again."""
+    finished_only: bool = False
+    """Train nothing: make the table of those of its runs that are finished in --out."""
     variant: Variant = "released"
     """Form of both terms: the released code's means, to which the paper's weights belong, or the paper's sums."""
     normalised: int = 0

@@ -9,8 +9,10 @@ from typing import Any
 
 from safr_fast.evaluation.run import evaluate_run
 from safr_fast.reproduction.config import ReproductionConfig, Target
+from safr_fast.reproduction.gradients import gradient_shares
 from safr_fast.reproduction.tables import figure, markdown, summarise
 from safr_fast.training.config import TrainConfig
+from safr_fast.training.errors import RunError
 from safr_fast.training.loop import train
 from safr_fast.training.run import RunFolder, write_atomically, write_json
 
@@ -19,7 +21,11 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
     """Make a table or figure from runs, of which those that are missing are trained; gives it as Markdown.
 
     Writes ``<target>-<dataset>.json`` and ``.md`` into ``config.out``, for ``figure3`` an ``.svg`` for each protocol
-    too, again after every run: what is done is there whenever the work is interrupted, and is not done again.
+    too, again after every run: what is done is there whenever the work is interrupted, and is not done again. Of a
+    finished run that is evaluated the small files are enough, its weights may be gone.
+
+    Raises:
+        RunError: ``finished_only``, and none is.
     """
     results: list[dict[str, Any]] = []
     stem = config.out / f"{target}-{config.dataset}"
@@ -32,16 +38,29 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
     text = ""
     for number, (protocol, setting, seed) in enumerate(plan, 1):
         training = config.training(protocol, setting, seed)
-        report(f"{number}/{len(plan)}: {training.out}")
+        assert training.out is not None
+        folder = RunFolder(training.out)
+        if config.finished_only and not folder.summary_file.exists():
+            continue
+        report(f"{number}/{len(plan)}: {folder.path}")
         _trained(training, report)
-        evaluation = _evaluated(target, training, config)
-        results.append({"protocol": protocol, "setting": setting, "seed": seed, "evaluation": evaluation})
+        results.append(
+            {
+                "protocol": protocol,
+                "setting": setting,
+                "seed": seed,
+                "evaluation": _evaluated(target, training, config),
+                "gradients": gradient_shares(folder),
+            }
+        )
         summary = summarise(target, config.dataset, results)
         text = markdown(summary)
         write_json(stem.with_suffix(".json"), summary)
         write_atomically(stem.with_suffix(".md"), partial(Path.write_text, data=text, encoding="utf-8"))
         if target == "figure3":
             figure(summary, stem)
+    if not results:
+        raise RunError(f"no run of {target} is finished in {config.out}: leave out --finished-only to train them")
     return text
 
 

@@ -10,6 +10,7 @@ from safr_fast.reproduction.config import Target
 from safr_fast.reproduction.settings import PAPER, PAPER_CAPACITY, Setting
 
 _FFN1, _VMASK, _RANDOM = "capacity:ffn1_pre", "capacity:vmask", "random"
+_TERMS = ("importance", "interaction")
 _TITLES = {
     "table1": "Table 1: the plain transformer, VMASK, and SAFR",
     "table2": "Table 2 and Appendix D: weights of both terms",
@@ -18,7 +19,7 @@ _TITLES = {
 }
 
 Results = Sequence[Mapping[str, Any]]
-"""Of each run: ``protocol``, ``setting``, ``seed``, and its ``evaluation``."""
+"""Of each run: ``protocol``, ``setting``, ``seed``, its ``evaluation``, and its ``gradients`` if recorded."""
 
 
 def summarise(target: Target, dataset: str, results: Results) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def summarise(target: Target, dataset: str, results: Results) -> dict[str, Any]:
                 "setting": str(setting),
                 "seeds": [run["seed"] for run in runs],
                 **_values(target, evaluations),
+                "gradients": _gradients([run.get("gradients", {}) for run in runs]),
                 "paper": figures._asdict() if figures and target in ("table1", "table2") else None,
                 "paper_capacity": PAPER_CAPACITY.get((dataset, setting)) if target == "table3" else None,
             }
@@ -61,6 +63,12 @@ def _values(target: Target, evaluations: Sequence[Mapping[str, Any]]) -> dict[st
     limits = [e["normalised_aopc"]["rankers"] for e in evaluations if e["normalised_aopc"]]
     normalised = {name: _over(e[name][0] for e in limits) for name in first["normalised_aopc"].get("rankers", {})}
     return {"accuracy": accuracy, "rankers": by_k, "normalised_aopc": normalised}
+
+
+def _gradients(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Per cents of cross-entropy's gradient, over the runs that recorded them."""
+    recorded = [run for run in runs if run]
+    return {term: _over(100 * run[term] for run in recorded) for term in (recorded[0] if recorded else ())}
 
 
 def _of_k(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -94,11 +102,12 @@ def _table2(rows: Results) -> list[str]:
         "Per cents and points, 30 % of the words deleted; SRS by capacity before FFN1's ReLU, the place that comes "
         "nearest the paper's SRS, and by capacity of VMASK's output. *Positive*: share of the texts predicted positive "
         "after the first; where it is near 0 or 100, SRS sits at the class prior. *NAOPC*: AOPC between its limits, of "
-        "both, where it was asked for: 0 the worst order of words, 1 the best; this one compares models.",
+        "both, where it was asked for: 0 the worst order of words, 1 the best; this one compares models. *Gradient*: "
+        "norm of each weighted term's gradient, in per cent of cross-entropy's, where it was recorded.",
         "",
         "| protocol | λ imp., inter. | seeds | accuracy | paper | random | paper | SRS FFN1 | paper | SRS VMASK "
-        "| positive | NAOPC FFN1 | NAOPC VMASK |",
-        "| --- " * 13 + "|",
+        "| positive | NAOPC FFN1 | NAOPC VMASK | gradient imp. | gradient inter. |",
+        "| --- " * 15 + "|",
     ]
     for row in rows:
         paper, norm = row["paper"] or {}, row["normalised_aopc"]
@@ -116,6 +125,7 @@ def _table2(rows: Results) -> list[str]:
             _cell(vmask["srs"]) if vmask else "",
             _cell(ffn1["predicted_positive"], 1),
             *(_cell(norm[name], 3) if name in norm else "" for name in (_FFN1, _VMASK)),
+            *(_cell(row["gradients"][term]) if term in row["gradients"] else "" for term in _TERMS),
         ]
         lines.append(_line(cells))
     return lines
