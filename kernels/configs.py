@@ -16,6 +16,7 @@ WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
 WIDEST_UNALIGNED_ROW = 128
 CACHED_BYTES = 48 << 20  # what about stays in the L2 cache of a large GPU
 WORKSPACE_BYTES = 256 << 20
+PROGRAMS = 256  # fill a large GPU twice; a constant, so that the order of sums does not depend on the device
 FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 

@@ -17,7 +17,6 @@ EXPONENTIALS = 132 * 16 * 1.7e9  # a second
 LAUNCH = 2.5e-6  # seconds from one kernel to the next, without a CUDA graph
 REACHED = 0.7  # of FLOPS, by kernels whose tiles meet in registers only once
 TILE = configs.table("hopper")["interaction", 16].rows
-PROGRAMS = 256  # as in row_energy_launch
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def importance(B: int, T: int, E: int, aim: str) -> Shape:
     half = B * T * E * E * (1 + 1 / side)  # of S or S_α, tiles on the diagonal whole
     form = 4 * B * T * E * E  # S in two halves against h; S and S_α against h
     moments = 4 * B * E * E
-    launches = 1 if B * side * (side + 1) > PROGRAMS else 2  # with the sum of shares
+    launches = 1 if B * side * (side + 1) > configs.PROGRAMS else 2  # with the sum of shares
     kernels = [
         Work(half, memory=rows + moments, launches=launches),
         Work(form, **{place: rows + sums}),

@@ -27,7 +27,6 @@ PARTIAL_BYTES = 64 << 20
 WEIGHT_BYTES = 256 << 20  # or one sample's
 MANY_OPERATIONS = 1 << 33  # to save, so that a second launch is worth it
 TOTAL_BLOCK = 1024
-PROGRAMS = 256  # fills a large GPU twice; a constant, so that the order of sums does not depend on the device
 
 
 class Batch:
@@ -357,7 +356,7 @@ def _shared_out(batch: Batch, moments: Tensor, config: configs.Config) -> tuple[
     tiles = triton.cdiv(batch.E, config.features)
     pairs = tiles * (tiles + 1) // 2
     most = min(PARTIAL_BYTES // (4 * moments.numel()), triton.cdiv(batch.T, 4 * config.rows))
-    shares = max(1, min(PROGRAMS // (pairs * batch.slots), most))
+    shares = max(1, min(configs.PROGRAMS // (pairs * batch.slots), most))
     partial = moments if shares == 1 else moments.new_empty(shares, *moments.shape)
     return shares, partial, pairs * batch.slots * shares
 

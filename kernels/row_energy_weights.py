@@ -69,7 +69,8 @@ def row_energy_weight_product_kernel(
     weight_ptr += local_sample * pitch * pitch
     i = i0 + tl.arange(0, BLOCK_T)
     out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    stop = tl.where((i0 < stop) & (i0 + BLOCK_T > begin), stop, begin)  # a tile of padding alone meets no token
+    meets = (i0 < stop) & (i0 + BLOCK_T > begin)  # a tile of padding alone has no weights
+    begin, stop = tl.where(meets, begin, 0), tl.where(meets, stop, 0)
 
     grad = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
     for j0 in range(begin // BLOCK_T * BLOCK_T, stop, BLOCK_K):

@@ -96,7 +96,13 @@ def row_energy(
     """
     arguments.check_hidden(h, mask, cu_seqlens)
     arguments.check_group(group, cu_seqlens)
-    h = _autocast(h)
+    return _row_energy(_autocast(h), mask, cu_seqlens, group, impl)
+
+
+def _row_energy(
+    h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, group: "ProcessGroup | None", impl: Impl
+) -> tuple[Tensor, Tensor]:
+    """Of checked arguments."""
     energy, squared_norm = row_energy_op.row_energy(h, mask, cu_seqlens, impl)
     if group is not None:
         energy = energy + sequence_parallel.energy_of_others(h, mask, group)
@@ -224,10 +230,11 @@ def importance_loss(
     arguments.check_number("eps", eps, least=0)
     arguments.check_hidden(h, mask, cu_seqlens)
     arguments.check_group(group, cu_seqlens)
+    h = _autocast(h)
     fused = dispatch.resolve(impl, h.device.type, h.dtype) == "triton"
     if fused and group is None and reduction != "none":
-        return importance_op.importance(_autocast(h), mask, cu_seqlens, eps, reduction == "mean", "triton")
-    energy, squared_norm = row_energy(h, mask, cu_seqlens=cu_seqlens, group=group, impl=impl)
+        return importance_op.importance(h, mask, cu_seqlens, eps, reduction == "mean", "triton")
+    energy, squared_norm = _row_energy(h, mask, cu_seqlens, group, impl)
     alive = (energy != 0) & (squared_norm != 0)  # NaN stays
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.

@@ -7,10 +7,13 @@ from torch import Tensor
 
 import safr_fast as sf
 
-pytestmark = pytest.mark.skipif(
-    not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-    reason="neither a GPU nor Triton's interpreter is at hand",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
+        reason="neither a GPU nor Triton's interpreter is at hand",
+    ),
+    pytest.mark.usefixtures("uninitialised_is_nan"),
+]
 # Tokens of the longest sequence: the Gram matrix within a tile and beyond, and the feature moment.
 TOKENS = {"a block": 40, "tiles": 150, "feature": 270}
 FEATURE_OF_16_BITS = 530
@@ -143,11 +146,11 @@ def test_any_number_of_shares_is_added_up(shares: int, masked: bool) -> None:
 @pytest.mark.parametrize("constant", ["MANY_OPERATIONS", "PROGRAMS"])
 def test_other_launches_give_the_same(constant: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the Gram matrix of short sequences beside long ones, and moments in one share."""
-    from safr_fast.kernels import row_energy_launch
+    from safr_fast.kernels import configs, row_energy_launch
 
     h, kwargs = laid_out(hidden(TOKENS["feature"]), layout)
     usual = value_and_gradient(h, kwargs)
-    monkeypatch.setattr(row_energy_launch, constant, 0)
+    monkeypatch.setattr(configs if constant == "PROGRAMS" else row_energy_launch, constant, 0)
     for result, expected in zip(value_and_gradient(h, kwargs), usual, strict=True):
         real = expected.isfinite()
         assert relative_error(result[real], expected[real]) < 2e-6

@@ -11,10 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import safr_fast as sf
 
-pytestmark = pytest.mark.skipif(
-    DEVICE != "cpu" or not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-    reason="Triton's interpreter is not at hand",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        DEVICE != "cpu"
+        or not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
+        reason="Triton's interpreter is not at hand",
+    ),
+    pytest.mark.usefixtures("uninitialised_is_nan"),
+]
 # What PyTorch does on the host alone.
 FREE = {"empty", "new_empty", "empty_like", "view", "_unsafe_view", "reshape", "detach", "expand", "alias", "transpose",
         "slice", "select", "unsqueeze", "squeeze", "as_strided", "t", "unbind", "split", "empty_strided"}  # fmt: skip
@@ -160,9 +164,9 @@ def test_the_feature_moment_takes_three_launches_each_way(
 
 @each_layout
 def test_it_takes_two_where_the_samples_fill_a_gpu(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safr_fast.kernels import row_energy_launch
+    from safr_fast.kernels import configs
 
-    monkeypatch.setattr(row_energy_launch, "PROGRAMS", 1)
+    monkeypatch.setattr(configs, "PROGRAMS", 1)
     forward, backward = importance_launches(layout, 300, 32, monkeypatch)
     and_short = "" if layout == "dense" else "_and_short"
     assert forward == [f"moment{and_short}_kernel", "quadratic_form_kernel"]

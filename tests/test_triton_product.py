@@ -10,10 +10,13 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 tiles = pytest.importorskip("safr_fast.kernels.tiles")
 
-pytestmark = pytest.mark.skipif(
-    not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-    reason="neither a GPU nor Triton's interpreter is at hand",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
+        reason="neither a GPU nor Triton's interpreter is at hand",
+    ),
+    pytest.mark.usefixtures("uninitialised_is_nan"),
+]
 
 
 @triton.jit

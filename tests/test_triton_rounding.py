@@ -11,10 +11,13 @@ from torch import Tensor
 
 import safr_fast as sf
 
-pytestmark = pytest.mark.skipif(
-    not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-    reason="neither a GPU nor Triton's interpreter is at hand",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
+        reason="neither a GPU nor Triton's interpreter is at hand",
+    ),
+    pytest.mark.usefixtures("uninitialised_is_nan"),
+]
 WIDTH, TILE = 64, 64
 SHARPNESS = {"flat": 1.0, "medium": 4.0, "peaky": 16.0}
 # Largest error of a gradient to the one digit that counts; ten times that is what plain autograd in float32 leaves at

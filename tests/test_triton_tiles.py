@@ -18,10 +18,14 @@ from torch import Tensor
 
 import safr_fast as sf
 
-pytestmark = pytest.mark.skipif(
-    DEVICE != "cpu" or not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-    reason="Triton's interpreter is not at hand",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        DEVICE != "cpu"
+        or not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
+        reason="Triton's interpreter is not at hand",
+    ),
+    pytest.mark.usefixtures("uninitialised_is_nan"),
+]
 FORM = {"squared": True, "exclude_diagonal": False}
 
 

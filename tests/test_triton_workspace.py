@@ -9,10 +9,13 @@ from torch import Tensor
 
 import safr_fast as sf
 
-pytestmark = pytest.mark.skipif(
-    not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-    reason="neither a GPU nor Triton's interpreter is at hand",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
+        reason="neither a GPU nor Triton's interpreter is at hand",
+    ),
+    pytest.mark.usefixtures("uninitialised_is_nan"),
+]
 
 
 def interact(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, workspace_bytes: int | None = None) -> tuple[Tensor, ...]:

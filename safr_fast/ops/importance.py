@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safr_fast.ops import dispatch
-from safr_fast.ops.row_energy import in_samples
+from safr_fast.ops.row_energy import fake_moments, in_samples
 
 _library = torch.library.Library("safr_fast", "FRAGMENT")
 _library.define(
@@ -73,12 +73,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     loss = h.new_empty((), dtype=torch.float32)
     rows = h.new_empty(h.shape[:-1], dtype=torch.float32)
-    slots = 0
-    if save:
-        precision = torch.get_float32_matmul_precision()
-        slots = dispatch.module(impl).moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision)
-    moments = rows.new_empty(slots, h.shape[-1], h.shape[-1])
-    return loss, torch.empty_like(loss), rows, torch.empty_like(rows), moments, rows.new_empty(slots)
+    moments = fake_moments(h, cu_seqlens, save, impl)
+    return loss, torch.empty_like(loss), rows, torch.empty_like(rows), moments, moments.new_empty(len(moments))
 
 
 @torch.library.register_fake("safr_fast::importance_backward")

@@ -52,12 +52,17 @@ for _device in ("CPU", "CUDA"):
 def _(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    rows = h.new_empty(h.shape[:-1], dtype=torch.float32)
+    return rows, torch.empty_like(rows), fake_moments(h, cu_seqlens, save_moments, impl)
+
+
+def fake_moments(h: Tensor, cu_seqlens: Tensor | None, saved: bool, impl: str) -> Tensor:
+    """As many ``(E, E)`` as the back end keeps for the backward pass."""
     slots = 0
-    if save_moments:
+    if saved:
         precision = torch.get_float32_matmul_precision()
         slots = dispatch.module(impl).moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision)
-    rows = h.new_empty(h.shape[:-1], dtype=torch.float32)
-    return rows, torch.empty_like(rows), rows.new_empty(slots, h.shape[-1], h.shape[-1])
+    return h.new_empty(slots, h.shape[-1], h.shape[-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("safr_fast::row_energy_backward")
