@@ -14,19 +14,19 @@ from .tiles import first_row, load_rows, matrix_tile, product, real_tokens, span
 @triton.jit
 def scores(
     q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``log2(e) · scale · q_i · k_j``, −∞ where i may not attend to j."""
-    dots = tl.zeros((BLOCK, BLOCK), tl.float32)
+    dots = tl.zeros((ROWS, COLUMNS), tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        q_i = load_rows(q_ptr, i0, stride_qt, real_i, d, D, BLOCK)
-        k_j = load_rows(k_ptr, j0, stride_kt, real_j, d, D, BLOCK)
+        q_i = load_rows(q_ptr, i0, stride_qt, real_i, d, D, ROWS)
+        k_j = load_rows(k_ptr, j0, stride_kt, real_j, d, D, COLUMNS)
         dots = product(q_i, k_j.trans(), dots, PRECISION)
     allowed = real_i[:, None] & real_j[None, :]
     if IS_CAUSAL:
-        local = tl.arange(0, BLOCK)
-        allowed = allowed & (i0 + local[:, None] >= j0 + local[None, :])
+        allowed = allowed & (i0 + tl.arange(0, ROWS)[:, None] >= j0 + tl.arange(0, COLUMNS)[None, :])
     return tl.where(allowed, dots * log2_scale, float("-inf"))
 
 
@@ -51,29 +51,30 @@ def weights(score, top, total, attention_scale, DTYPE: tl.constexpr):
 def softmax_rows(
     q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
     stride_qt, stride_kt, log2_scale, attention_scale,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of powers of 2 of a tile of rows, and what its rounded weights, stored if asked for, sum to."""
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(j_begin, j_stop, BLOCK):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
+    for j0 in range(j_begin, j_stop, BLOCK_J):
+        real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
         score = scores(
             q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+            BLOCK, BLOCK_J, BLOCK_D, IS_CAUSAL, PRECISION,
         )  # fmt: skip
         top, total = softmax_step(top, total, score)
 
     row_sum = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(j_begin, j_stop, BLOCK):
-        real_j = real_tokens(j0 + tl.arange(0, BLOCK), stop, row, mask_ptr)
+    for j0 in range(j_begin, j_stop, BLOCK_J):
+        real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
         score = scores(
             q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
-            BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+            BLOCK, BLOCK_J, BLOCK_D, IS_CAUSAL, PRECISION,
         )  # fmt: skip
         share = weights(score, top, total, attention_scale, DTYPE)
         if attention_ptr is not None:
-            tl.store(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK), share)
+            tl.store(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK_J), share)
         row_sum += tl.sum(share.to(tl.float32), 1)
     return top, total, row_sum / attention_scale
 
@@ -84,7 +85,8 @@ def softmax_kernel(
     T, D, H, group, head0, pitch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     log2_scale, attention_scale,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``A = softmax(scale · q kᵀ)`` to the workspace, and what its rounded rows sum to."""
     i0 = tl.program_id(0) * BLOCK
@@ -99,15 +101,15 @@ def softmax_kernel(
     i = i0 + tl.arange(0, BLOCK)
     real_i = real_tokens(i, stop, row, mask_ptr)
     j_begin = begin // BLOCK * BLOCK
-    j_stop = stop
+    j_stop = tl.cdiv(stop, BLOCK) * BLOCK  # the last tile whole, though made of several here
     if IS_CAUSAL:
-        j_stop = tl.minimum(stop, i0 + BLOCK)
+        j_stop = tl.minimum(j_stop, i0 + BLOCK)
 
     attention_ptr += local_head * pitch * pitch
     _, _, row_sum = softmax_rows(
         q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
         stride_qt, stride_kt, log2_scale, attention_scale,
-        attention_ptr.dtype.element_ty, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+        attention_ptr.dtype.element_ty, BLOCK, BLOCK_J, BLOCK_D, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     tl.store(row_sum_ptr + local_head * pitch + i, row_sum)
 

@@ -18,6 +18,7 @@ CACHED_BYTES = 48 << 20  # what about stays in the L2 cache of a large GPU
 WORKSPACE_BYTES = 256 << 20
 PROGRAMS = 256  # fill a large GPU twice; a constant, so that the order of sums does not depend on the device
 FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
+LONG = 192  # tokens beyond which larger tiles, read less often, gain more than a last one that is part empty costs
 ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 
 
@@ -84,12 +85,19 @@ _HOPPER = {
     ("moment_and_short", 32): Config(64, 64, 16, num_warps=8),
     ("moment_and_short_backward", 32): Config(64, 32, 16, out=64, num_warps=8, num_stages=3),
 }
+# From more than LONG tokens on, where the plain name's entry has smaller tiles.
+_LONG = {
+    ("interaction_long", 16): Config(128, 128, 64, num_warps=8, num_stages=3),
+    ("softmax_long", 16): Config(128, 64, 64, num_warps=8),
+    ("query_key_gradient_long", 16): Config(128, 64, 128, num_warps=8),
+}
 _OVERRIDES = {
     "ampere": {
         ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
         ("moment", 16): Config(64, 0, 64, num_warps=8),
-    },
-    "hopper": _HOPPER,
+    }
+    | _LONG,
+    "hopper": _HOPPER | _LONG,
     "blackwell": _HOPPER
     | {
         ("softmax", 32): Config(64, 64, 16, num_warps=8),
@@ -140,8 +148,10 @@ _UNALIGNED = {
     ("moment_backward", 16): Config(64, 32, 32, out=32, num_warps=8),
     ("moment_backward", 32): Config(64, 32, 32, out=32, num_warps=8),
     ("softmax", 16): Config(64, 64, 32, num_warps=8),
-    ("softmax", 32): Config(64, 64, 16, num_warps=8),
+    ("softmax", 32): Config(64, 32, 16, num_warps=8),
+    ("softmax_long", 16): Config(128, 32, 16, num_warps=8),
     ("query_key_gradient", 16): Config(64, 32, 32, num_warps=8),
+    ("query_key_gradient_long", 16): Config(128, 32, 32, num_warps=8),
     ("query_key_gradient", 32): Config(64, 32, 16, num_warps=8),
     ("interaction_block", 16): Config(64, 64, 32, num_warps=8),
     ("interaction_block", 32): Config(32, 32, 16, num_warps=8),
@@ -195,6 +205,13 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "cdna"
     return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
+
+
+def config_for(kernel: str, bits: int, width: int, tokens: int, device: torch.device) -> Config:
+    """:func:`config` of a kernel over T×T matrices, whose tiles grow with ``tokens`` where the table has larger ones."""
+    longer = f"{kernel}_long"
+    found = tokens > LONG and (longer, bits) in table(architecture(device))
+    return config(longer if found else kernel, bits, width, device)
 
 
 def keeps_rows(bits: int, width: int) -> bool:

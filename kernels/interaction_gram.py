@@ -24,6 +24,57 @@ def pair_terms(gram, attention, mirrored, on_diagonal, SQUARED: tl.constexpr, EX
     return phi, slope * (attention + mirrored)
 
 
+@triton.jit
+def halves(tile):
+    """Left and right columns of a tile."""
+    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def quarters(tile):
+    """A tile's columns in four parts, from left to right."""
+    left, right = halves(tile)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit
+def tile_and_mirror(
+    gram, attention_ptr, pair_ptr, phi_ptr, row_term_ptr, i0, j0, i_tile, pitch, attention_scale, pair_scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_CAUSAL: tl.constexpr, SQUARED: tl.constexpr,
+    EXCLUDE_DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """A tile's part of the loss and of its rows' terms; what ``pair_ptr`` asks for of it and its mirror is stored."""
+    i, j = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLUMNS)
+    attention = tl.load(matrix_tile(attention_ptr, i0, j0, pitch, ROWS, COLUMNS)).to(tl.float32) / attention_scale
+    above = i0 >= j0 + COLUMNS
+    mirrored_ptr = matrix_tile(attention_ptr, j0, i0, pitch, COLUMNS, ROWS)
+    if IS_CAUSAL:  # nothing is written above the diagonal
+        mirrored = tl.load(mirrored_ptr, mask=(j[:, None] >= 0) & (not above), other=0.0)
+    else:
+        mirrored = tl.load(mirrored_ptr)
+    mirrored = mirrored.to(tl.float32).trans() / attention_scale
+    phi, pair = pair_terms(gram, attention, mirrored, i[:, None] == j[None, :], SQUARED, EXCLUDE_DIAGONAL)
+
+    both = attention + tl.where(above, mirrored, 0.0)
+    loss = sum_of(both * (1.0 - phi))
+    row_share = tl.zeros((ROWS,), tl.float32)
+    if pair_ptr is not None:
+        pair = (pair * pair_scale).to(pair_ptr.dtype.element_ty)
+        phi = (phi * attention_scale).to(phi_ptr.dtype.element_ty)
+        through_pairs = pair.to(tl.float32) / pair_scale * gram
+        rounded_phi = phi.to(tl.float32) / attention_scale
+        row_share = tl.sum(attention * rounded_phi + through_pairs, 1)
+        tl.store(matrix_tile(pair_ptr, i0, j0, pitch, ROWS, COLUMNS), pair)
+        tl.store(matrix_tile(phi_ptr, i0, j0, pitch, ROWS, COLUMNS), phi)
+        if above:
+            tl.store(matrix_tile(pair_ptr, j0, i0, pitch, COLUMNS, ROWS), pair.trans())
+            tl.store(matrix_tile(phi_ptr, j0, i0, pitch, COLUMNS, ROWS), phi.trans())
+            tl.store(row_term_ptr + i_tile * pitch + j, tl.sum(mirrored * rounded_phi + through_pairs, 0))
+    return loss, row_share
+
+
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def interaction_gram_kernel(
     attention_ptr, attention_desc, span_ptr, pair_ptr, phi_ptr, row_term_ptr, loss_ptr,
@@ -55,36 +106,27 @@ def interaction_gram_kernel(
         a_j = load_tile(attention_ptr, attention_desc, local_head, j0, k0, pitch, BLOCK, BLOCK_K)
         gram = product(a_i, a_j.trans(), gram, PRECISION)
     gram *= 1.0 / (attention_scale * attention_scale)
-
-    local = tl.arange(0, BLOCK)
-    attention = tl.load(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
-    above = i0 != j0
-    mirrored_ptr = matrix_tile(attention_ptr, j0, i0, pitch, BLOCK, BLOCK)
-    if IS_CAUSAL:  # nothing is written above the diagonal
-        mirrored = tl.load(mirrored_ptr, mask=(local[:, None] >= 0) & (i0 == j0), other=0.0)
-    else:
-        mirrored = tl.load(mirrored_ptr)
-    mirrored = mirrored.to(tl.float32).trans() / attention_scale
-    on_diagonal = (i0 + local)[:, None] == (j0 + local)[None, :]
-    phi, pair = pair_terms(gram, attention, mirrored, on_diagonal, SQUARED, EXCLUDE_DIAGONAL)
-
-    both = attention + tl.where(above, mirrored, 0.0)
-    tl.store(loss_ptr + (local_head * tiles + i_tile) * tiles + j_tile + tl.arange(0, 1), sum_of(both * (1.0 - phi)))
     if pair_ptr is not None:
-        pair = (pair * pair_scale).to(pair_ptr.dtype.element_ty)
-        phi = (phi * attention_scale).to(phi_ptr.dtype.element_ty)
         pair_ptr += local_head * pitch * pitch
         phi_ptr += local_head * pitch * pitch
         row_term_ptr += local_head * tiles * pitch
-        through_pairs = pair.to(tl.float32) / pair_scale * gram
-        rounded_phi = phi.to(tl.float32) / attention_scale
-        tl.store(matrix_tile(pair_ptr, i0, j0, pitch, BLOCK, BLOCK), pair)
-        tl.store(matrix_tile(phi_ptr, i0, j0, pitch, BLOCK, BLOCK), phi)
-        tl.store(row_term_ptr + j_tile * pitch + i0 + local, tl.sum(attention * rounded_phi + through_pairs, 1))
-        if above:
-            tl.store(matrix_tile(pair_ptr, j0, i0, pitch, BLOCK, BLOCK), pair.trans())
-            tl.store(matrix_tile(phi_ptr, j0, i0, pitch, BLOCK, BLOCK), phi.trans())
-            tl.store(row_term_ptr + i_tile * pitch + j0 + local, tl.sum(mirrored * rounded_phi + through_pairs, 0))
+
+    loss = tl.zeros((1,), tl.float32)
+    row_share = tl.zeros((BLOCK,), tl.float32)
+    if BLOCK <= 64:
+        parts = (gram,)
+    else:  # a tile's terms all at once would need more registers than there are
+        parts = quarters(gram)
+    for part in tl.static_range(len(parts)):
+        part_loss, part_row_share = tile_and_mirror(
+            parts[part], attention_ptr, pair_ptr, phi_ptr, row_term_ptr, i0, j0 + part * (BLOCK // len(parts)), i_tile,
+            pitch, attention_scale, pair_scale, BLOCK, BLOCK // len(parts), IS_CAUSAL, SQUARED, EXCLUDE_DIAGONAL,
+        )  # fmt: skip
+        loss += part_loss
+        row_share += part_row_share
+    tl.store(loss_ptr + (local_head * tiles + i_tile) * tiles + j_tile + tl.arange(0, 1), loss)
+    if pair_ptr is not None:
+        tl.store(row_term_ptr + j_tile * pitch + i0 + tl.arange(0, BLOCK), row_share)
 
 
 @triton.jit(do_not_specialize=["T", "H", "head0", "tiles"])

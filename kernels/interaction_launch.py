@@ -71,7 +71,7 @@ class Workspace:
         self.arithmetic = arithmetic
         self.form = {"SQUARED": squared, "EXCLUDE_DIAGONAL": exclude_diagonal}
         self.is_causal = is_causal
-        self.config = configs.config("interaction", arithmetic.bits, configs.WIDEST_ROW, sample.device)
+        self.config = configs.config_for("interaction", arithmetic.bits, configs.WIDEST_ROW, self.T, sample.device)
         self.tiles = triton.cdiv(self.T, self.config.rows)
         self.pitch = self.tiles * self.config.rows
         self.total = sample.new_empty(batch, self.H, dtype=torch.float32)
@@ -227,12 +227,12 @@ def _launch_interaction_block(
 def _launch_softmax(
     work: Workspace, q: Tensor, k: Tensor, mask: Tensor | None, head0: int, heads: int, scale: float
 ) -> None:
-    config = configs.config("softmax", 8 * q.dtype.itemsize, q.shape[-1], q.device)
+    config = configs.config_for("softmax", 8 * q.dtype.itemsize, q.shape[-1], work.T, q.device)
     softmax_kernel[(work.tiles, heads)](
         q, k, mask, work.span, work.attention, work.row_sum,
         work.T, q.shape[-1], work.H, work.H // k.shape[1], head0, work.pitch, *q.stride()[:3], *k.stride()[:3],
         scale * LOG2_E, work.arithmetic.attention_scale,
-        BLOCK=work.config.rows, BLOCK_D=config.features, IS_CAUSAL=work.is_causal,
+        BLOCK=work.config.rows, BLOCK_J=config.columns, BLOCK_D=config.features, IS_CAUSAL=work.is_causal,
         PRECISION=work.arithmetic.precision, **config.execution,
     )  # fmt: skip
 
@@ -256,7 +256,7 @@ def _launch_query_and_key_gradient(
     head0: int, heads: int, scale: float, grad_q: Tensor, grad_k: Tensor,
 ) -> None:  # fmt: skip
     D = q.shape[-1]
-    config = configs.config("query_key_gradient", 8 * q.dtype.itemsize, D, q.device)
+    config = configs.config_for("query_key_gradient", 8 * q.dtype.itemsize, D, work.T, q.device)
     grid = (work.tiles, triton.cdiv(D, config.features), heads)
     options = {
         "BLOCK": work.config.rows,

@@ -26,7 +26,7 @@ def attention_tile(
     i, j = i0 + tl.arange(0, BLOCK), j0 + tl.arange(0, BLOCK)
     score = scores(
         q_ptr, k_ptr, i0, j0, i < stop, j < stop, D, stride_qt, stride_kt, log2_scale,
-        BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+        BLOCK, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     top = tl.load(top_ptr + i, mask=i < stop, other=0.0)
     total = tl.load(total_ptr + i, mask=i < stop, other=1.0)
@@ -58,7 +58,7 @@ def packed_softmax_kernel(
 
     top, total, row_sum = softmax_rows(
         q_ptr, k_ptr, None, None, row, i0, i < stop, 0, j_stop, stop, D, 0,
-        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     out = head * N + row + i
     tl.store(top_ptr + out, top, mask=i < stop)

@@ -16,7 +16,6 @@ CACHE = 5.5e12  # bytes a second, from L2
 EXPONENTIALS = 132 * 16 * 1.7e9  # a second
 LAUNCH = 2.5e-6  # seconds from one kernel to the next, without a CUDA graph
 REACHED = 0.7  # of FLOPS, by kernels whose tiles meet in registers only once
-TILE = configs.table("hopper")["interaction", 16].rows
 
 
 @dataclass(frozen=True)
@@ -115,13 +114,14 @@ def interaction(heads: int, T: int, D: int, aim: str) -> Shape:
         cached = chunk * alive * 2 * T * T <= configs.CACHED_BYTES
         return Work(flops, 0 if cached else between, operands + between, launches=launches * chunks, **more)
 
-    half = heads * T**3 * (1 + TILE / T)  # operations on the lower triangle, tiles on the diagonal whole
+    tile = configs.table("hopper")["interaction_long" if T > configs.LONG else "interaction", 16].rows
+    half = heads * T**3 * (1 + tile / T)  # operations on the lower triangle, tiles on the diagonal whole
     kernels = [
-        kernel(4 * square * D, 2 * square, 4 * square * D / TILE, 1, exponentials=2 * square),
-        kernel(half, 6 * square, 2 * half / TILE, 3, launches=2),  # with the sum of tiles
-        kernel(2 * heads * T**3, 8 * square, 4 * heads * T**3 / TILE, 3),
-        kernel(2 * square * D, 2 * square, 2 * square * D / TILE, 1),
-        kernel(2 * square * D, 2 * square, 2 * square * D / TILE, 1),
+        kernel(4 * square * D, 2 * square, 4 * square * D / tile, 1, exponentials=2 * square),
+        kernel(half, 6 * square, 2 * half / tile, 3, launches=2),  # with the sum of tiles
+        kernel(2 * heads * T**3, 8 * square, 4 * heads * T**3 / tile, 3),
+        kernel(2 * square * D, 2 * square, 2 * square * D / tile, 1),
+        kernel(2 * square * D, 2 * square, 2 * square * D / tile, 1),
         Work(memory=inputs + 2 * gradients, launches=2),  # gradients begin as zeros
     ]
     return Shape(name, floor, kernels, aim)
@@ -157,8 +157,9 @@ def page() -> str:
             f"and exponentials at {EXPONENTIALS / 1e12:.1f} T/s, and {LAUNCH * 1e6:.1f} µs a launch; summed.",
             "*limiter*: what the largest share of that goes to. Under a CUDA graph a launch costs about half.",
             "",
-            f"The interaction's tiles of {TILE}×{TILE} read an operand from L2 once for every {TILE} rows or columns",
-            "that it meets, which limits it from T=256 on. Tiles of twice the side would halve that.",
+            "The interaction's tiles read an operand from L2 once for every row or column of a tile that it meets, 128 of",
+            f"them beyond T={configs.LONG} and else 64. It is that which limits it up to T=2048 and beyond: two programs",
+            "that share an operand would need a cluster's multicast, which Triton does not have.",
             "",
             "| | floor | expected | limiter | launches | aim | measured |",
             "| --- | --- | --- | --- | --- | --- | --- |",

@@ -43,6 +43,7 @@ VARIED = {
     "quadratic_form": ("rows",),
     "moment_backward": ("rows",),
     "interaction": ("rows", "descriptors"),
+    "interaction_long": ("rows", "descriptors"),
     "packed": ("rows",),
 }
 EXECUTION = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}

@@ -57,22 +57,39 @@ def test_short_samples_beside_long_ones_are_right_with_the_tiles_of_a_gpu(tiles:
     assert_close_to_float64(lambda h: sf.row_energy(h, mask, impl="triton"), lambda h: plain_row_energy(h, mask), h)
 
 
+# The second has more tokens than the smaller of a GPU's tiles are for, and padding that leaves out tiles of either.
+each_length = pytest.mark.parametrize(("tokens", "begin", "stop"), [(130, 0, 130), (280, 70, 210)], ids=str)
+
+
+def spread(tokens: int, begin: int, stop: int) -> Tensor:
+    """Mask (1, T): real from begin to stop but for a hole."""
+    mask = torch.zeros(1, tokens, dtype=torch.bool)
+    mask[:, begin:stop] = True
+    mask[:, begin + 5] = False
+    return mask
+
+
 @each_table
-def test_interaction_is_right_with_the_tiles_of_a_gpu(tiles: None) -> None:
-    attention = normal(1, 1, 130, 130, seed=1).softmax(-1)
+@each_length
+def test_interaction_is_right_with_the_tiles_of_a_gpu(tiles: None, tokens: int, begin: int, stop: int) -> None:
+    mask = spread(tokens, begin, stop)
+    attention = normal(1, 1, tokens, tokens, seed=1).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     assert_close_to_float64(
-        lambda a: total(a, "triton", **FORM), lambda a: plain_interaction_total(a, **FORM), attention
+        lambda a: total(a, "triton", mask, **FORM), lambda a: plain_interaction_total(a, mask, **FORM), attention
     )
 
 
 @each_table
+@each_length
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_interaction_from_qk_is_right_with_the_tiles_of_a_gpu(tiles: None, is_causal: bool) -> None:
-    q, k = normal(1, 1, 130, 72, seed=2), normal(1, 1, 130, 72, seed=3)
-    form = {**FORM, "is_causal": is_causal}
+def test_interaction_from_qk_is_right_with_the_tiles_of_a_gpu(
+    tiles: None, tokens: int, begin: int, stop: int, is_causal: bool
+) -> None:
+    q, k = normal(1, 1, tokens, 72, seed=2), normal(1, 1, tokens, 72, seed=3)
+    mask, form = spread(tokens, begin, stop), {**FORM, "is_causal": is_causal}
     assert_close_to_float64(
-        lambda q, k: total_from_qk(q, k, "triton", **form),
-        lambda q, k: plain_interaction_total_from_qk(q, k, **form),
+        lambda q, k: total_from_qk(q, k, "triton", mask, **form),
+        lambda q, k: plain_interaction_total_from_qk(q, k, mask, **form),
         q,
         k,
     )
