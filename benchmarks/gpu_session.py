@@ -1,4 +1,5 @@
-"""Everything that a GPU has to be asked, in one command within ten minutes: tests, benchmarks, a sweep over tiles.
+"""Everything that a GPU has to be asked, in one command within ten minutes: tests, some of them under a memory
+checker, benchmarks, a sweep over tiles.
 
     python benchmarks/gpu_session.py                     # writes benchmarks/results/gpu/<device>-<date>.json and .md
     python benchmarks/gpu_session.py --dry-run --output /somewhere    # no GPU: tiny shapes in Triton's interpreter
@@ -13,6 +14,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +28,10 @@ from gpu import CASES, DRY_CASES, DRY_PROVIDERS, DTYPES, PROVIDERS, Case, Peaks,
 from safr_fast.kernels.timing import Timer
 
 HERE = Path(__file__).parent
-SHARES = {"tests": 0.35, "benchmarks": 0.35, "sweep": 0.3}  # of the time
+SHARES = {"tests": 0.3, "sanitizer": 0.1, "benchmarks": 0.3, "sweep": 0.3}  # of the time
+TESTS = ["-k", "triton", "--deselect", "tests/test_triton_compile.py", "tests"]
+EDGES = ["-x", "tests/test_triton_workspace.py", "tests/test_triton_importance.py"]
+DRY_TESTS = ["tests/test_triton_product.py"]
 SECONDS_A_TRIAL = 0.2
 # What the sweep tries the configurations of, most telling first.
 SWEPT = [
@@ -72,39 +77,41 @@ def sweep(cases: Sequence[Case], device: str, folder: Path, stop_at: float) -> l
     return rows
 
 
-def run_tests(seconds: float, dry: bool) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-k",
-        "triton",
-        "--deselect",
-        "tests/test_triton_compile.py",
-        "tests",
-    ]
-    if dry:
-        command = [sys.executable, "-m", "pytest", "-q", "tests/test_triton_product.py"]
+def run_tests(tests: Sequence[str], seconds: float, under: Sequence[str] = (), **environment: str) -> dict[str, Any]:
+    """pytest on ``tests``, run ``under`` another command if given. ``rc`` is None where the time cut it off."""
+    command = [*under, sys.executable, "-m", "pytest", "-q", *tests]
     start = time.perf_counter()
     try:
-        run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=seconds)
+        run = subprocess.run(
+            command, cwd=HERE.parent, capture_output=True, text=True, timeout=seconds, env=os.environ | environment
+        )
         tail, rc = run.stdout[-3000:], run.returncode
     except subprocess.TimeoutExpired as error:
-        tail, rc = (error.stdout or b"").decode()[-3000:], None  # cut off: no verdict
+        tail, rc = (error.stdout or b"").decode()[-3000:], None
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", tail)}
     return {"rc": rc, "seconds": time.perf_counter() - start, "counts": counts, "tail": tail}
 
 
+def run_sanitizer(seconds: float, dry: bool) -> dict[str, Any]:
+    """The kernels' tests that reach for the edges of memory, under ``compute-sanitizer``."""
+    tool = "env" if dry else shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    )  # fmt: skip
+    if tool is None:
+        return {"why": "no compute-sanitizer: it comes with the CUDA toolkit, put its folder bin in PATH"}
+    options = [] if dry else ["--tool", "memcheck", "--error-exitcode", "86", "--target-processes", "all"]
+    # Without PyTorch's own pool each tensor ends where CUDA says it does.
+    return run_tests(DRY_TESTS if dry else EDGES, seconds, [tool, *options], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
 def table(session: dict[str, Any]) -> str:
-    tests = session["tests"]
-    verdict = "cut off by the time" if tests["rc"] is None else f"exit status {tests['rc']}"
     rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in session["matmul_tflops"].items())
     lines = [
         f"# {session['device']}, {session['date']}" + (", dry run: no time here means anything" * session["dry_run"]),
         "",
-        f"Tests: {tests['counts'] or 'none finished'}, {verdict}. `torch.mm` of {rates}; copy "
-        f"{session['copy_gbytes']:.3g} GB/s. Versions: {session['versions']}.",
+        f"Tests: {_verdict(session['tests'])}. Under compute-sanitizer: {_verdict(session['sanitizer'])}.",
+        "",
+        f"`torch.mm` of {rates}; copy {session['copy_gbytes']:.3g} GB/s. Versions: {session['versions']}.",
         "",
         "| loss | shape | provider | ms | as a graph | TFLOP/s | of matmul | of copy | peak, MiB | error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -130,6 +137,13 @@ def table(session: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _verdict(tests: dict[str, Any]) -> str:
+    if "why" in tests:
+        return str(tests["why"])
+    counts = ", ".join(f"{number} {what}" for what, number in tests["counts"].items()) or "none finished"
+    return counts + (", cut off by the time" if tests["rc"] is None else f", exit status {tests['rc']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter, on the CPU")
@@ -143,8 +157,9 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     device = "cpu" if dry else "cuda"
     seconds, start = 60 * options.minutes, time.perf_counter()
-    ends = {"tests": start + seconds * SHARES["tests"], "benchmarks": start + seconds * (1 - SHARES["sweep"])}
-    tests = run_tests(ends["tests"] - start, dry)
+    benchmarks_end = start + seconds * (1 - SHARES["sweep"])
+    tests = run_tests(DRY_TESTS if dry else TESTS, seconds * SHARES["tests"])
+    sanitizer = run_sanitizer(seconds * SHARES["sanitizer"], dry)
     timer = Timer.of(torch.device(device))
     peaks = Peaks.measured(timer, device)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -154,9 +169,10 @@ def main() -> None:
         "dry_run": dry,
         "versions": f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {sys.version.split()[0]}",
         "tests": tests,
+        "sanitizer": sanitizer,
         **dataclasses.asdict(peaks),
         "cases": benchmarks(
-            DRY_CASES if dry else CASES, DRY_PROVIDERS if dry else PROVIDERS, timer, peaks, device, ends["benchmarks"]
+            DRY_CASES if dry else CASES, DRY_PROVIDERS if dry else PROVIDERS, timer, peaks, device, benchmarks_end
         ),
         "sweep": sweep(DRY_SWEPT if dry else SWEPT, device, options.output / "tuning", start + seconds),
     }
@@ -164,7 +180,8 @@ def main() -> None:
     (options.output / f"{name}.json").write_text(json.dumps(session, indent=1) + "\n")
     (options.output / f"{name}.md").write_text(table(session))
     print(table(session))
-    if tests["rc"] not in (0, None) or any(row.get("why") == "wrong" for row in session["cases"]):
+    failed = any(part.get("rc") not in (0, None) for part in (tests, sanitizer))
+    if failed or any(row.get("why") == "wrong" for row in session["cases"]):
         sys.exit(1)
 
 

@@ -208,7 +208,7 @@ def architecture(device: torch.device) -> str:
 
 
 def config_for(kernel: str, bits: int, width: int, tokens: int, device: torch.device) -> Config:
-    """:func:`config` of a kernel over T×T matrices, whose tiles grow with ``tokens`` where the table has larger ones."""
+    """:func:`config` of a kernel over T×T matrices: larger tiles for many ``tokens``, where the table has them."""
     longer = f"{kernel}_long"
     found = tokens > LONG and (longer, bits) in table(architecture(device))
     return config(longer if found else kernel, bits, width, device)

@@ -132,9 +132,10 @@ def from_attention(
     if attention.numel() > 0 and attention.shape[-1] <= configs.entry(*block).rows:
         config = configs.config(*block)
         return _launch_attention_block(attention, mask, arithmetic, config, squared, exclude_diagonal, need_grad)
-    grad = attention.new_zeros(attention.shape if need_grad else 0)
     if attention.numel() == 0:
-        return attention.new_zeros(attention.shape[:2], dtype=torch.float32), grad
+        empty = attention.new_zeros(attention.shape if need_grad else 0)
+        return attention.new_zeros(attention.shape[:2], dtype=torch.float32), empty
+    grad = _gradient(attention, mask, need_grad)
     attention = readable(attention)
     mask, span = spans(mask)
     form = (squared, exclude_diagonal, False, need_grad, workspace_bytes)
@@ -170,9 +171,10 @@ def from_qk(
     if q.shape[:3].numel() > 0 and q.shape[2] <= configs.entry(*block).rows:
         config = configs.config(*block)
         return _launch_interaction_block(q, k, mask, config, scale, is_causal, squared, exclude_diagonal, need_grad)
-    grad_q, grad_k = (q.new_zeros(q.shape if need_grad else 0, dtype=torch.float32) for _ in range(2))
     if q.shape[:3].numel() == 0:
-        return q.new_zeros(q.shape[:2], dtype=torch.float32), grad_q, grad_k
+        empty = q.new_zeros(q.shape if need_grad else 0, dtype=torch.float32)
+        return q.new_zeros(q.shape[:2], dtype=torch.float32), empty, empty.clone()
+    grad_q, grad_k = (_gradient(q, mask, need_grad, torch.float32) for _ in range(2))
     q, k = readable(q), readable(k)
     mask, span = spans(mask)
     form = (squared, exclude_diagonal, is_causal, need_grad, workspace_bytes)
@@ -186,6 +188,12 @@ def from_qk(
                 work, score_grad, score_grad_scale, q, k, mask, head0, heads, scale, grad_q, grad_k
             )
     return work.total, grad_q, grad_k
+
+
+def _gradient(x: Tensor, mask: Tensor | None, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """For kernels that write what is real; empty where no gradient is needed."""
+    new = x.new_empty if mask is None else x.new_zeros
+    return new(x.shape if needed else 0, dtype=dtype or x.dtype)
 
 
 def _launch_attention_block(

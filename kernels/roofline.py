@@ -122,7 +122,7 @@ def interaction(heads: int, T: int, D: int, aim: str) -> Shape:
         kernel(2 * heads * T**3, 8 * square, 4 * heads * T**3 / tile, 3),
         kernel(2 * square * D, 2 * square, 2 * square * D / tile, 1),
         kernel(2 * square * D, 2 * square, 2 * square * D / tile, 1),
-        Work(memory=inputs + 2 * gradients, launches=2),  # gradients begin as zeros
+        Work(memory=inputs + gradients, launches=0),
     ]
     return Shape(name, floor, kernels, aim)
 
@@ -157,9 +157,9 @@ def page() -> str:
             f"and exponentials at {EXPONENTIALS / 1e12:.1f} T/s, and {LAUNCH * 1e6:.1f} µs a launch; summed.",
             "*limiter*: what the largest share of that goes to. Under a CUDA graph a launch costs about half.",
             "",
-            "The interaction's tiles read an operand from L2 once for every row or column of a tile that it meets, 128 of",
-            f"them beyond T={configs.LONG} and else 64. It is that which limits it up to T=2048 and beyond: two programs",
-            "that share an operand would need a cluster's multicast, which Triton does not have.",
+            "The interaction's tiles read an operand from L2 once for every row or column of a tile that it meets:",
+            f"128 of them beyond T={configs.LONG}, else 64. That is what limits it from T=256 on; programs that share",
+            "an operand could read it once by a cluster's multicast, which Triton does not have.",
             "",
             "| | floor | expected | limiter | launches | aim | measured |",
             "| --- | --- | --- | --- | --- | --- | --- |",

@@ -19,8 +19,9 @@ def test_a_dry_run_tests_measures_sweeps_and_writes(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     (result,) = tmp_path.glob("*.json")
     session = json.loads(result.read_text())
-    assert session["tests"]["rc"] == 0
-    assert session["tests"]["counts"]["passed"] > 0
+    for part in ("tests", "sanitizer"):
+        assert session[part]["rc"] == 0
+        assert session[part]["counts"]["passed"] > 0
     assert {case["kind"] for case in session["cases"]} == {
         "row energy", "importance loss", "interaction from A", "interaction from q, k"
     }  # fmt: skip
