@@ -157,8 +157,8 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     if not all_kernels:
         interaction_launch.from_qk(q, k, mask, 0.1, False, True, False, True)
         return
-    for tokens in (32, 1024):
-        unaligned = empty(4, 8, tokens, 40)
+    for length in (32, 1024):
+        unaligned = empty(4, 8, length, 40)
         interaction_launch.from_qk(unaligned, unaligned, None, 0.1, True, True, False, True)
     interaction_launch.from_attention(empty(4, 8, tokens, tokens), short_mask, True, True, True)
     importance(empty(2048, 512), None, cu_seqlens)
@@ -171,11 +171,11 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     captured.ticket = None
     captured.finish(None, None, 4, 1024, 8)
     importance(empty(8, 1024, 1024), mask_of_8, None)
-    for tokens in (1024, 128):  # of which the second, where tiles grow with the tokens, takes the smaller ones
-        q_t, k_t, mask_t = empty(4, 8, tokens, 128), empty(4, 2, tokens, 128), empty(4, tokens, dtype=torch.bool)
+    for length in (1024, 128):  # of which the second, where tiles grow with the tokens, takes the smaller ones
+        q_t, k_t, mask_t = empty(4, 8, length, 128), empty(4, 2, length, 128), empty(4, length, dtype=torch.bool)
         interaction_launch.from_qk(q_t, k_t, mask_t, 0.1, True, True, False, True)
         interaction_launch.from_qk(q_t, k_t, None, 0.1, False, True, False, False)
-        interaction_launch.from_attention(empty(4, 8, tokens, tokens), mask_t, True, True, True)
+        interaction_launch.from_attention(empty(4, 8, length, length), mask_t, True, True, True)
     if dtype.itemsize == 2 and configs.architecture(q.device) in ("hopper", "blackwell"):
         with configs.choosing(_by_descriptors):
             interaction_launch.from_qk(q, k, mask, 0.1, False, True, False, True)
