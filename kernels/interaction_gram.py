@@ -48,16 +48,16 @@ def tile_and_mirror(
     """A tile's part of the loss and of its rows' terms; what ``pair_ptr`` asks for of it and its mirror is stored."""
     i, j = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLUMNS)
     attention = tl.load(matrix_tile(attention_ptr, i0, j0, pitch, ROWS, COLUMNS)).to(tl.float32) / attention_scale
-    above = i0 >= j0 + COLUMNS
+    apart = i0 >= j0 + COLUMNS  # from the mirrored tile; else both lie in one tile on the diagonal
     mirrored_ptr = matrix_tile(attention_ptr, j0, i0, pitch, COLUMNS, ROWS)
     if IS_CAUSAL:  # nothing is written above the diagonal
-        mirrored = tl.load(mirrored_ptr, mask=(j[:, None] >= 0) & (not above), other=0.0)
+        mirrored = tl.load(mirrored_ptr, mask=(j[:, None] >= 0) & (not apart), other=0.0)
     else:
         mirrored = tl.load(mirrored_ptr)
     mirrored = mirrored.to(tl.float32).trans() / attention_scale
     phi, pair = pair_terms(gram, attention, mirrored, i[:, None] == j[None, :], SQUARED, EXCLUDE_DIAGONAL)
 
-    both = attention + tl.where(above, mirrored, 0.0)
+    both = attention + tl.where(apart, mirrored, 0.0)
     loss = sum_of(both * (1.0 - phi))
     row_share = tl.zeros((ROWS,), tl.float32)
     if pair_ptr is not None:
@@ -68,7 +68,7 @@ def tile_and_mirror(
         row_share = tl.sum(attention * rounded_phi + through_pairs, 1)
         tl.store(matrix_tile(pair_ptr, i0, j0, pitch, ROWS, COLUMNS), pair)
         tl.store(matrix_tile(phi_ptr, i0, j0, pitch, ROWS, COLUMNS), phi)
-        if above:
+        if apart:
             tl.store(matrix_tile(pair_ptr, j0, i0, pitch, COLUMNS, ROWS), pair.trans())
             tl.store(matrix_tile(phi_ptr, j0, i0, pitch, COLUMNS, ROWS), phi.trans())
             tl.store(row_term_ptr + i_tile * pitch + j, tl.sum(mirrored * rounded_phi + through_pairs, 0))
