@@ -192,7 +192,8 @@ def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None, devi
 
 
 def _reproduce(target: "Target", config: "ReproductionConfig") -> None:
-    check(config.dataset, config.data_dir)
+    if not config.finished_only:
+        check(config.dataset, config.data_dir)
     from safr_fast.reproduction.run import reproduce
     from safr_fast.training.settings import keep_memory
 

@@ -1,6 +1,7 @@
 """Tables: rows, resumption, intervals, and which of the paper's figures stand beside ours."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,16 @@ def test_the_commands_run_from_end_to_end(small: list[str], tmp_path: Path, caps
     cli.main(["report", str(out), "--text", "a good film"])
     assert "report.html" in capsys.readouterr().out
     assert {"evaluation.json", "report.html"} <= {file.name for file in out.iterdir()}
+
+
+def test_committed_results_give_their_table_without_data_or_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Path(__file__).parents[1] / "results" / "sst2-released"
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    for table in tmp_path.glob("table2*"):
+        table.unlink()
+    cli.main(["reproduce", "table2", "--protocol", "released", "--finished-only", "--out", str(tmp_path)])
+    text = (results / "table2-sst2.md").read_text(encoding="utf-8")
+    assert (tmp_path / "table2-sst2.md").read_text(encoding="utf-8") == text
+    assert text in capsys.readouterr().out
