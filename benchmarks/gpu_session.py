@@ -15,8 +15,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,13 +83,19 @@ def run_tests(tests: Sequence[str], seconds: float, under: Sequence[str] = (), *
     """pytest on ``tests``, run ``under`` another command if given. ``rc`` is None where the time cut it off."""
     command = [*under, sys.executable, "-m", "pytest", "-q", *tests]
     start = time.perf_counter()
-    try:
-        run = subprocess.run(
-            command, cwd=HERE.parent, capture_output=True, text=True, timeout=seconds, env=os.environ | environment
-        )
-        tail, rc = run.stdout[-3000:], run.returncode
-    except subprocess.TimeoutExpired as error:
-        tail, rc = (error.stdout or b"").decode()[-3000:], None
+    with tempfile.TemporaryFile("w+") as output:
+        run = subprocess.Popen(
+            command, cwd=HERE.parent, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            rc = run.wait(seconds)
+        except subprocess.TimeoutExpired:
+            rc = None
+            os.killpg(run.pid, signal.SIGKILL)  # what it started too: nothing may go on beside the measurements
+            run.wait()
+        output.seek(0)
+        tail = output.read()[-3000:]
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", tail)}
     return {"rc": rc, "seconds": time.perf_counter() - start, "counts": counts, "tail": tail}
 
