@@ -102,6 +102,16 @@ def test_a_table_of_what_is_finished_trains_nothing(small: list[str], tmp_path: 
     assert [line.split(" | ")[1:3] for line in text.splitlines()[-2:]] == [["baseline", "1"], ["0.1,0.1", "1"]]
 
 
+def test_finished_runs_of_another_machine_stay(small: list[str], tmp_path: Path) -> None:
+    wanted = {"rows": ("baseline",), "protocol": "masked", "seeds": 1}
+    text = reproduce("table2", config(tmp_path, **wanted), report=quiet)
+    trained = len(small)
+    assert reproduce("table2", config(tmp_path, threads=3, device="cuda", **wanted), report=quiet) == text
+    assert len(small) == trained
+    with pytest.raises(RunError, match="log_gradients False"):
+        reproduce("table2", config(tmp_path, log_gradients=True, **wanted), report=quiet)
+
+
 def test_gradient_shares_are_of_the_mean_norms(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

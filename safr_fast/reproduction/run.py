@@ -65,13 +65,15 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
 
 
 def _trained(config: TrainConfig, report: Callable[[str], None]) -> None:
-    """A run that is finished stays; one that was begun goes on, with the data folder that it began with."""
+    """A run that is finished stays, wherever it was made; one that was begun goes on, with its own data folder."""
     assert config.out is not None
     folder = RunFolder(config.out)
     finished = folder.summary_file.exists()
     begun = folder.config_file.exists()
     if begun:
         config = dataclasses.replace(config, data_dir=None)
+    if finished:
+        config = dataclasses.replace(config, device="auto", threads=None)
     train(config, resume=begun, report=(lambda _: None) if finished else report)
 
 
