@@ -47,11 +47,17 @@ def name_of(run: Run) -> str:
     return "-".join([*re.findall(r"[a-z0-9]+", words.lower()), run["level"], run["date"]])
 
 
+def kept() -> list[tuple[str, Run]]:
+    """Names and contents of the runs in ``benchmarks/results/``; its folders hold what other scripts measured."""
+    return [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
+
+
 def page(runs: Sequence[tuple[str, Run]]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python benchmarks/report.py` from the runs in `benchmarks/results/`; every figure was measured.",
+        "Made by `python benchmarks/report.py` from the runs in `benchmarks/results/`. Times, errors, rates and memory",
+        "were measured; `must`, `aim` and what a step takes at least are set or derived.",
         "",
         "The providers of a case run in turn in one process. Times are medians, forward and backward unless the",
         "case says otherwise; `×` is how many times as long as the case's first provider, the median of the",
@@ -214,7 +220,7 @@ def main() -> None:
     for path in arguments.run:
         run = condensed(json.loads(path.read_text(encoding="utf-8")))
         (RESULTS / f"{name_of(run)}.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    runs = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
+    runs = kept()
     for name, run in runs:
         for title, group in PLOTTED.items():
             plot(name, run, title, group)
