@@ -1,7 +1,7 @@
 """What does a machine without the best instructions get? Each level that this one has, forced, beside eager.
 
-Eager takes the best that the machine has; ``MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default`` holds it to SSE2, which is
-what the level ``baseline`` is compiled for.
+Eager takes the best that the machine has; ``MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default`` holds it to SSE2, which
+the level ``baseline`` is compiled for.
 """
 
 import os

@@ -1,5 +1,9 @@
 """SAFRLoss against the formulas of the paper and of the released code, written out."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from support import every_backend, forced, lengths_mask, normal, offsets, relative_error
@@ -205,3 +209,12 @@ def test_missing_input_says_what_to_pass() -> None:
         loss(logits, target, hidden=h.flatten(0, 1), attention=attention, cu_seqlens=offsets([23, 23, 23]))
     with pytest.raises(ValueError, match="hidden must hold at least one layer"):
         loss(logits, target, hidden=[], qk=(q, k))
+
+
+def test_the_readmes_example_runs() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["loss"].isfinite()
+    assert names["hidden"].grad.abs().sum() > 0

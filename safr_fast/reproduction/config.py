@@ -20,7 +20,7 @@ class ReproductionConfig:
     dataset: Dataset = "sst2"
     """sst2 or imdb, from --data-dir or the hub; synthetic needs no data."""
     data_dir: Path | None = None
-    """Folder with the data set's files."""
+    """Folder with the data set's files; without it the Hugging Face hub is asked."""
     protocol: Literal["masked", "released", "both"] | None = None
     """The protocol of the runs; by default both for table1, else released, which the paper's figures belong to."""
     seeds: int = 5

@@ -66,7 +66,8 @@ class TrainConfig:
     """masked: padding takes part in nothing, the best epoch is tested. released: as the authors' code, to be compared
     with it: every text is padded to max-len, pads count in pooling and both losses, the last epoch is tested."""
     data_dir: Path | None = None
-    """Folder with the data set's files; without it the Hugging Face hub is asked."""
+    """Folder with the data set's files, such as train, validation and test.parquet; without it the Hugging Face hub is
+    asked."""
     all_rows: bool = False
     """SST-2: also train and test on rows outside the paper's subset."""
     data_seed: int = 0
