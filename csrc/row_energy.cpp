@@ -52,8 +52,11 @@ void row_energy(const Kernels& kernels, Precision precision, int threads, const 
     std::vector<bool> used(size_t(slots), false);
     for (int64_t index : slot)
       if (index >= 0) used[size_t(index)] = true;
+    std::vector<float*> unused;
     for (int64_t index = 0; index < slots; ++index)
-      if (!used[size_t(index)]) std::fill(moments + index * size, moments + (index + 1) * size, 0.0f);
+      if (!used[size_t(index)]) unused.push_back(moments + index * size);
+    parallel_for(kernels, threads, int64_t(unused.size()),
+                 [&](int64_t i) { std::fill(unused[size_t(i)], unused[size_t(i)] + size, 0.0f); });
   }
 
   share_out(kernels, threads, costs(hidden, sequences.all()), [&](int64_t index, const Crew& crew) {
