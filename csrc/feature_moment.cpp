@@ -140,7 +140,7 @@ void quadratic_form(const Tokens& t, float* s, int64_t stride, const float* squa
     }
     for (int64_t i = is.begin; i < is.end; ++i) {
       const double form = t.pass.dot(product + (i - is.begin) * buffer_stride, t.row(i, buffer), t.width);
-      energy[i] = float(std::max(0.0, form - double(squared_norm[i]) * squared_norm[i]));
+      energy[i] = float(std::max(form - double(squared_norm[i]) * squared_norm[i], 0.0));  // in this order NaN stays
     }
   });
 }

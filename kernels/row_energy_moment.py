@@ -267,8 +267,8 @@ def quadratic_form_kernel(
         form += tl.sum(image * h_a, 1)
         norm += tl.sum(h_a * h_a, 1)
     energy = repaired(
-        tl.maximum(form - norm * norm, 0.0), norm, h_ptr, mask_ptr, row, begin, stop, i0, real, E, stride_ht,
-        guard, rms_eigenvalue(moment_norm, E), BLOCK_T, BLOCK_J, BLOCK_E, PRECISION,
+        tl.maximum(form - norm * norm, 0.0, propagate_nan=tl.PropagateNan.ALL), norm, h_ptr, mask_ptr, row, begin, stop,
+        i0, real, E, stride_ht, guard, rms_eigenvalue(moment_norm, E), BLOCK_T, BLOCK_J, BLOCK_E, PRECISION,
     )  # fmt: skip
     tl.store(energy_ptr + row + i, energy, mask=i < limit)
     tl.store(norm_ptr + row + i, norm, mask=i < limit)

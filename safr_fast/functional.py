@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    if torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -4,6 +4,8 @@ Any device and floating dtype, twice differentiable, T×T tensors and all. 16-bi
 in float64; in float64 these functions are the project's oracle.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,15 @@ def real(valid: Tensor | None, x: Tensor) -> Tensor:
     return x if valid is None else torch.where(valid.unsqueeze(-1), x, 0.0)
 
 
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Products at the precision of their operands; on a device such as ``meta``, which knows no autocast, as it is."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def gram(h: Tensor, mask: Tensor | None = None) -> Tensor:
     """``(..., T, T)`` inner products :math:`h_i · h_j`; 0 in padded rows and columns."""
-    with torch.autocast(h.device.type, enabled=False):
+    with _no_autocast(h):
         h = real(mask, upcast(h))
         return h @ h.mT
 
@@ -50,7 +58,7 @@ def attention_from_qk(
 
     ``segment`` ``(T,)``: tokens attend within their own packed sequence.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         valid = None if mask is None else mask[:, None, :]
         q, k = real(valid, upcast(q)), real(valid, upcast(k))
         scores = scale * (q @ k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1).mT)  # (B, H, T, T)
@@ -67,7 +75,7 @@ def attention_from_qk(
 
 
 def _interaction_rows(attention: Tensor, squared: bool, exclude_diagonal: bool) -> Tensor:
-    with torch.autocast(attention.device.type, enabled=False):
+    with _no_autocast(attention):
         overlap = attention @ attention.mT  # (..., T, T)
         if exclude_diagonal:
             overlap = torch.where(torch.eye(overlap.shape[-1], dtype=torch.bool, device=overlap.device), 0.0, overlap)

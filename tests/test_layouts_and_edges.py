@@ -242,6 +242,24 @@ def test_nan_in_a_real_token_is_not_hidden(backend: str) -> None:
 
 
 @every_backend()
+@pytest.mark.parametrize("tokens", [TOKENS, 200])
+def test_a_sample_of_nan_alone_is_not_hidden(backend: str, tokens: int) -> None:
+    """By either path: one NaN weight of a model makes all of a sample NaN."""
+    h = normal(2, tokens, 8, device=device_of(backend)).requires_grad_()
+    spoilt = torch.where(torch.arange(2, device=h.device)[:, None, None] == 0, float("nan"), h)
+    with forced(backend) as impl:
+        energy, squared_norm = sf.row_energy(spoilt, impl=impl)
+        losses = sf.importance_loss(spoilt, reduction="none", impl=impl)
+        total = sf.importance_loss(spoilt, impl=impl)
+        (gradient,) = torch.autograd.grad(losses[1].sum(), h)
+    for values in (energy, squared_norm, losses):
+        assert values[0].isnan().all()
+        assert values[1].isfinite().all()
+    assert total.isnan()
+    assert gradient[1].isfinite().all()
+
+
+@every_backend()
 def test_huge_scores_are_one_hot(backend: str) -> None:
     device = device_of(backend)
     q, k = (normal(1, 2, TOKENS, 8, seed=seed, device=device) for seed in (1, 2))
@@ -358,3 +376,12 @@ def test_offsets_out_of_range(backend: str, values: list[int]) -> None:
                 sf.row_energy(h, cu_seqlens=cu_seqlens, impl=impl)
         else:
             assert sf.row_energy(h, cu_seqlens=cu_seqlens, impl=impl)[0].isfinite().all()
+
+
+def test_a_device_without_autocast_has_shapes_and_no_fused_back_end() -> None:
+    """``meta``, where models are sized before they have weights."""
+    h, q = torch.empty(2, TOKENS, 8, device="meta"), torch.empty(2, 2, TOKENS, 8, device="meta")
+    assert sf.capacity(h).shape == (2, TOKENS)
+    assert sf.importance_loss(h).shape == sf.interaction_loss_from_qk(q, q).shape == ()
+    with pytest.raises(sf.BackendUnavailable, match=r'impl="cpp" cannot serve: .*meta'):
+        sf.importance_loss(h, impl="cpp")
