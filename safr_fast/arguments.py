@@ -61,13 +61,15 @@ def check_group(group: object, cu_seqlens: Tensor | None) -> None:
         raise ValueError("group and cu_seqlens exclude each other: spread padded sequences (..., T, E) over the ranks")
 
 
-def check_offsets(cu_seqlens: Tensor | None, tokens: int) -> None:
+def check_offsets(cu_seqlens: Tensor | None, tokens: int, *, to_the_end: bool = False) -> None:
     """Of values that are at hand: on a GPU they would have to be waited for, and a compiler has none."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] > tokens or any(a > b for a, b in itertools.pairwise(offsets)):
         raise ValueError(f"cu_seqlens must start at 0, never fall, and end at or before {tokens}, got {offsets}")
+    if to_the_end and offsets[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at {tokens}, the number of tokens, got {offsets}")
 
 
 def check_hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:

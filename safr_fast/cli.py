@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if extra is None:
             raise
         _fail(f'{error.name} is not installed: pip install "safr-fast[{extra}]"')
+    except KeyboardInterrupt as interrupt:
+        hint = f"; {interrupt}" if interrupt.args else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        sys.exit(130)
     except (BackendUnavailable, DataUnavailable, OptionError, OSError, RunError) as error:
         _fail(str(error))
 
@@ -169,7 +173,7 @@ def _train(config: "TrainConfig", resume: bool) -> None:
         check(config.dataset, config.data_dir)
     # Only now: this waits for torch, which a missing data set should not.
     from safr_fast.training.loop import train
-    from safr_fast.training.run import default_folder
+    from safr_fast.training.run import RunFolder, default_folder
     from safr_fast.training.settings import keep_memory
 
     keep_memory()
@@ -178,9 +182,10 @@ def _train(config: "TrainConfig", resume: bool) -> None:
     try:
         train(config, resume=resume, report=partial(print, flush=True))
     except KeyboardInterrupt:
+        if config.out is None or not RunFolder(config.out).config_file.exists():
+            raise
         command = f"safr-fast train --out {shlex.quote(str(config.out))} --resume"
-        print(f"\ninterrupted; to go on after the last checkpoint: {command}", file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt(f"to go on after the last checkpoint: {command}") from None
 
 
 def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None, device: str) -> None:
@@ -201,8 +206,7 @@ def _reproduce(target: "Target", config: "ReproductionConfig") -> None:
     try:
         print(reproduce(target, config, report=partial(print, flush=True)))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on, and what is done is in {config.out}", file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt(f"the same command goes on, and what is done is in {config.out}") from None
 
 
 def _report(run: Path, texts: Sequence[str], data_dir: Path | None) -> None:

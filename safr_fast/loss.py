@@ -31,8 +31,9 @@ class SAFRLoss(nn.Module):
     ``"released"``  mean over real tokens, ε = 1e-5                   mean over heads; overlap itself, diagonal left out
     ==============  ================================================  ==============================================
 
-    Both are means over samples of :func:`safr_fast.importance_loss` and :func:`safr_fast.interaction_loss`. Several
-    layers count as several heads: ``"paper"`` sums over them, ``"released"`` takes their mean.
+    They are made of :func:`safr_fast.importance_loss` and :func:`safr_fast.interaction_loss`. All but the released
+    importance, whose mean is over the real tokens of the whole batch, are then means over samples. Several layers count
+    as several heads: ``"paper"`` sums over them, ``"released"`` takes their mean.
 
     **Which λ corresponds.** With samples of T tokens and layers of H heads, L of them:
 
@@ -78,6 +79,8 @@ class SAFRLoss(nn.Module):
         arguments.check_number("lambda_importance", lambda_importance, least=0)
         arguments.check_number("lambda_interaction", lambda_interaction, least=0)
         arguments.check_flag("is_causal", is_causal)
+        if scale is not None:
+            arguments.check_number("scale", scale)
         check_impl(impl)
         if variant not in ("paper", "released"):
             raise ValueError(f'variant must be "paper" or "released", got {variant!r}')
@@ -100,7 +103,7 @@ class SAFRLoss(nn.Module):
         logits: Tensor,
         target: Tensor,
         *,
-        hidden: Tensor | Sequence[Tensor] | None,
+        hidden: Tensor | Sequence[Tensor] | None = None,
         attention: Tensor | Sequence[Tensor] | None = None,
         qk: Pair | Sequence[Pair] | None = None,
         mask: Tensor | None = None,

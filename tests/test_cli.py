@@ -199,9 +199,15 @@ def test_an_interrupt_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("safr_fast.training.loop.train", interrupted)
-    status, _, err = call(capsys, "train", "--out", str(tmp_path / "my run"))
+    command = ("train", "--out", str(tmp_path / "my run"))
+    assert call(capsys, *command)[::2] == (130, "\ninterrupted\n")  # before the folder is made there is no going on
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "config.json").touch()
+    status, _, err = call(capsys, *command)
     assert status == 130
     assert f"safr-fast train --out '{tmp_path}/my run' --resume" in err
+    monkeypatch.setattr("safr_fast.evaluation.run.evaluate_run", interrupted)
+    assert call(capsys, "evaluate", str(tmp_path))[::2] == (130, "\ninterrupted\n")
 
 
 def epochs(out: Path) -> int:

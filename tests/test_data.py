@@ -84,6 +84,21 @@ def test_sst2_parquet_gives_the_paper_subset_and_the_released_vocabulary() -> No
     assert sum(corpus.train.labels) == 3_122
 
 
+def test_rows_that_may_not_be_the_papers_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "validation", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", text=["a", "b"], label=[0, 1])
+    assert load("sst2", tmp_path).note.startswith("sst2: all rows, since nothing here says which are the paper's")
+    assert load("sst2", tmp_path, all_rows=True).note == ""
+    splits = {split: Split(["a"], [0]) for split in ("train", "validation", "test")}
+    monkeypatch.setattr(sources.hub, "require", lambda *_: None)
+    monkeypatch.setattr(sources.hub, "load_from_hub", lambda *_: splits)
+    assert load("sst2").note == load("sst2", tmp_path).note
+    for split in splits:
+        write_parquet(tmp_path / f"{split}.parquet", text=["a", "b"], label=[0, 1], paper=[True, False])
+    marked = load("sst2", tmp_path)
+    assert (len(marked.train), marked.note) == (1, "")
+
+
 @needs_shared
 def test_sst2_gives_all_rows_when_asked() -> None:
     corpus = load("sst2", SHARED / "data" / "sst2", all_rows=True)

@@ -25,7 +25,7 @@ from safr_fast.evaluation.run import average_capacity, evaluate_scores
 from safr_fast.evaluation.statistics import bootstrap, paired_test, t_interval
 from safr_fast.evaluation.table import table
 from safr_fast.nn import SAFRClassifier, TransformerClassifier
-from safr_fast.training import ModelConfig, TrainConfig, TrainResult, load_run, loop, train
+from safr_fast.training import ModelConfig, OptionError, TrainConfig, TrainResult, load_run, loop, train
 from safr_fast.training.agreement import above
 
 SIZES = {"dim": 16, "heads": 4, "feedforward": 32}
@@ -92,6 +92,10 @@ def test_measures_agree_with_a_slow_implementation(data: st.DataObject, k: int) 
 def test_a_k_that_is_no_per_cent_is_named() -> None:
     with pytest.raises(ValueError, match=r"k must be above 0 and at most 100 per cent, got \[0\]"):
         measure(predict, [["good"]], torch.tensor([1]), {"r": [torch.zeros(1)]}, [0])
+    with pytest.raises(ValueError, match=r"k must name each per cent once, got \[30, 30\]"):
+        measure(predict, [["good"]], torch.tensor([1]), {"r": [torch.zeros(1)]}, [30, 30])
+    with pytest.raises(OptionError, match=r"k must name each per cent once, got \[30, 20, 30\]"):
+        EvaluationConfig(k=(30, 20, 30))
 
 
 @settings(max_examples=25, deadline=None)

@@ -187,6 +187,7 @@ def test_another_criterion() -> None:
     [
         ({"lambda_importance": -1.0}, "lambda_importance must be a finite number, at least 0, got -1.0"),
         ({"lambda_interaction": float("nan")}, "lambda_interaction must be a finite number, at least 0, got nan"),
+        ({"scale": float("nan")}, "scale must be a finite number, got nan"),
         ({"variant": "poster"}, 'variant must be "paper" or "released", got \'poster\''),
     ],
 )
@@ -201,6 +202,9 @@ def test_missing_input_says_what_to_pass() -> None:
     loss = sf.SAFRLoss()
     with pytest.raises(ValueError, match="hidden must be given"):
         loss(logits, target, hidden=None, qk=(q, k))
+    with pytest.raises(ValueError, match="hidden must be given"):
+        loss(logits, target, qk=(q, k))
+    assert sf.SAFRLoss(0, 1)(logits, target, qk=(q, k)).isfinite()
     with pytest.raises(ValueError, match="takes attention or qk, got neither"):
         loss(logits, target, hidden=h)
     with pytest.raises(ValueError, match="takes attention or qk, got both"):

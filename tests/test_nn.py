@@ -178,6 +178,8 @@ def test_packed_texts_exclude_a_mask_and_may_be_none() -> None:
         model(ids, mask, cu_seqlens=offsets([3, 2]))
     with pytest.raises(ValueError, match=r"the input must be packed \(N\), got \(2, 3\)"):
         model(ids, cu_seqlens=offsets([3, 2]))
+    with pytest.raises(ValueError, match=r"cu_seqlens must end at 6, the number of tokens, got \[0, 3, 5\]"):
+        model(ids.flatten(), cu_seqlens=offsets([3, 2]), max_seqlen=3)
     nothing = model(ids[:0, 0], cu_seqlens=offsets([]))
     assert nothing.logits.shape == (0, 2)
 

@@ -2,6 +2,7 @@
 
 import html.parser
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safr_fast.data.corpus import Split
 from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run
 from safr_fast.evaluation.places import capacity, hidden_states
 from safr_fast.report import Report, content, figures, page, report_run
-from safr_fast.training import ModelConfig, TrainConfig, load_run, loop, train
+from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, load_run, loop, train
 
 NASTY = '<script>alert(1)</script> <br /> $x_1$ "quoted" {{7*7}} &amp; \' </td> naïve 日本語 $$ %s good bad'
 
@@ -100,6 +101,29 @@ def test_a_page_shows_every_part(reports: dict[str, Report]) -> None:
     ):
         assert part in text, part
     assert "This run has not been evaluated" in " ".join(read(reports["baseline"].page).text)
+
+
+def test_a_page_of_a_killed_run_shows_what_is_whole(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    shutil.copytree(runs["baseline"], run)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"event": "step", "ep')
+    assert "Every term as weighted" in report_run(str(run), [NASTY]).page.read_text(encoding="utf-8")
+    (run / "evaluation.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunError, match=r"evaluation.json cannot be read"):
+        report_run(run, [NASTY])
+
+
+def test_a_text_without_words_is_named(runs: dict[str, Path]) -> None:
+    with pytest.raises(OptionError, match="text must hold words, got ' '"):
+        report_run(runs["baseline"], ["good", " "])
+
+
+def test_unknown_rankers_are_named_before_the_work(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.data, "load", lambda *_, **__: synthetic(0, {"train": 64, "dev": 20, "test": 20}))
+    monkeypatch.setattr("safr_fast.evaluation.run._bar", lambda name: pytest.fail(name))
+    with pytest.raises(OptionError, match=r"rankers must be among capacity:embedding, .* got vmsk"):
+        evaluate_run(runs["vmask"], EvaluationConfig(rankers=("vmsk",)))
 
 
 def test_the_page_takes_a_text_of_each_class_that_is_neither_short_nor_long() -> None:

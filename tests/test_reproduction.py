@@ -197,6 +197,18 @@ def test_rows_hold_the_papers_settings_first_and_each_once() -> None:
     assert rows("table1", "imdb") == (BASELINE, Setting(), Setting(0.01, 0.01))
 
 
+def test_a_row_given_twice_is_one_row() -> None:
+    """Twice the same runs would make the interval of a mean too narrow."""
+    settings = ReproductionConfig(rows=("1,0.1", "0,0", "1.0,.1")).settings("table2")
+    assert settings == (Setting(1, 0.1), Setting(0, 0))
+
+
+def test_options_of_the_evaluation_are_refused_before_the_training(small: list[str], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="texts must be at least 1, got 0"):
+        reproduce("table2", config(tmp_path, texts=0), report=quiet)
+    assert small == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

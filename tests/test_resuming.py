@@ -16,6 +16,7 @@ from ranks import train as run
 from run_support import assert_same_runs, contents, count_steps, interrupt_at_step, records
 from support import forkserver
 
+from safr_fast import data
 from safr_fast.training import RunError, TrainConfig, load_run, loop, train
 from safr_fast.training.run import RunFolder
 
@@ -170,6 +171,39 @@ def test_resuming_takes_the_runs_own_options_and_refuses_others(
         run(tmp_path / "run", resume=True, seed=3, model=dataclasses.replace(TINY, dim=32))
     result = train(TrainConfig(out=tmp_path / "run"), resume=True, report=lambda line: None)
     assert result.epochs == 4
+
+
+def test_another_machine_may_go_on_with_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path / "run", monkeypatch)
+    asked: list[TrainConfig] = []
+    load_corpus = loop.load_corpus
+
+    def asking(config: TrainConfig) -> data.Corpus:
+        asked.append(config)
+        return load_corpus(config)
+
+    monkeypatch.setattr(loop, "load_corpus", asking)
+    moved: dict[str, Any] = {"data_dir": tmp_path, "threads": 1}
+    run(tmp_path / "run", resume=True, **moved)
+    (config,) = asked
+    assert {name: getattr(config, name) for name in moved} == moved
+    assert RunFolder(tmp_path / "run").stored_config() == config
+
+
+def test_of_two_runs_that_take_the_same_new_folder_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_corpus = loop.load_corpus
+
+    def meanwhile(config: TrainConfig) -> data.Corpus:
+        if config.seed == 0:
+            run(tmp_path / "run", seed=1, epochs=1)
+        return load_corpus(config)
+
+    monkeypatch.setattr(loop, "load_corpus", meanwhile)
+    with pytest.raises(RunError, match="exists: go on with it by --resume"):
+        run(tmp_path / "run", epochs=1)
+    assert RunFolder(tmp_path / "run").stored_config().seed == 1
 
 
 def change_vocabulary(out: Path) -> None:

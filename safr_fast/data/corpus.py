@@ -36,3 +36,5 @@ class Corpus:
     train: Split
     dev: Split
     test: Split
+    note: str = ""
+    """What a reader of results on it should know."""

@@ -14,6 +14,10 @@ DATASETS: tuple[str, ...] = get_args(Dataset)
 
 _REPOSITORIES = {"sst2": "SetFit/sst2", "imdb": "stanfordnlp/imdb"}
 _IMDB_DEV_SHARE = 0.2
+_ALL_ROWS = (
+    "sst2: all rows, since nothing here says which are the paper's 6,244 / 825 / 1,743; for those give --data-dir with "
+    "the treebank's datasetSentences.txt and its companions"
+)
 
 
 def check(dataset: Dataset, data_dir: str | Path | None = None) -> None:
@@ -47,7 +51,9 @@ def load(
             ``label``; ``train-00000-of-00002.parquet`` and its like are parts of ``train``; where the folder itself
             holds none of these, one of its subfolders may hold them all.
         seed: of the generated texts, and of IMDB's development split.
-        all_rows: SST-2: also take the rows that a column ``paper`` marks as not in the paper's subset.
+        all_rows: SST-2: also take the rows outside the paper's subset. What belongs to it follows from the treebank's
+            own files, or a column ``paper`` of the parquet files says; the hub has neither, and gives all rows with a
+            note in the corpus.
         imdb_dev: the fifth of each class that IMDB's development split takes: ``"drawn"`` by the seed, or the
             ``"last"`` in the order of the files, as in the released code.
 
@@ -62,14 +68,17 @@ def load(
 
 
 def _sst2(folder: Path | None, all_rows: bool) -> Corpus:
+    known = True  # which rows are the paper's
     if folder is None:
-        splits = hub.load_from_hub(_REPOSITORIES["sst2"], "sst2")
+        splits, known = hub.load_from_hub(_REPOSITORIES["sst2"], "sst2"), False
     elif treebank := _first_with(folder, "datasetSentences.txt", "stanfordSentimentTreebank"):
         splits = raw.treebank(treebank, balanced=not all_rows)
     else:
         names = ("train", "validation", "test")
         splits = tables.read(folder, names, "datasetSentences.txt", paper=not all_rows)
-    return Corpus("sst2", splits["train"], splits["validation"], splits["test"])
+        known = tables.marks_paper(folder, names)
+    note = "" if known or all_rows else _ALL_ROWS
+    return Corpus("sst2", splits["train"], splits["validation"], splits["test"], note)
 
 
 def _imdb(folder: Path | None, seed: int | None) -> Corpus:

@@ -20,6 +20,14 @@ def read(folder: Path, names: Sequence[str], alternative: str, *, paper: bool = 
     return {name: _split(place, name, alternative, paper) for name in names}
 
 
+def marks_paper(folder: Path, names: Sequence[str]) -> bool:
+    """Whether splits that :func:`read` gives have the column ``paper``."""
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    files = _files(_place(folder, names) or folder, names[0])
+    return "paper" in parquet.read_schema(files[0]).names
+
+
 def _place(folder: Path, names: Sequence[str]) -> Path | None:
     if any(_files(folder, name) for name in names):
         return folder
@@ -54,7 +62,7 @@ def _split(place: Path, name: str, alternative: str, paper: bool) -> Split:
 
 def _part(file: Path, paper: bool) -> Split:
     try:
-        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise DataUnavailable('parquet files need pyarrow: pip install "safr-fast[data]"') from None
     try:

@@ -31,6 +31,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.k or any(not 0 < k <= 100 for k in self.k):
             raise OptionError(f"k must be per cents above 0 and at most 100, got {list(self.k)}")
+        if len(set(self.k)) < len(self.k):
+            raise OptionError(f"k must name each per cent once, got {list(self.k)}")
         least = {"draws": 5, "normalised": 0, "texts": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)

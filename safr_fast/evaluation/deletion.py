@@ -79,6 +79,8 @@ def measure(
     """
     if any(not 0 < k <= 100 for k in ks):
         raise ValueError(f"k must be above 0 and at most 100 per cent, got {list(ks)}")
+    if len(set(ks)) < len(ks):
+        raise ValueError(f"k must name each per cent once, got {list(ks)}")
     parts: dict[str, dict[float, list[Tensor]]] = {name: {k: [] for k in ks} for name in scores}
     whole = []
     for rows in progress([range(i, min(i + _CHUNK, len(texts))) for i in range(0, len(texts), _CHUNK)]):

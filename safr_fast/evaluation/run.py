@@ -56,6 +56,8 @@ def evaluate_run(
         trained = dataclasses.replace(trained, data_dir=data_dir)
     split = _drawn(load_corpus(trained).test, config)
     predictor = Predictor(model, vocabulary, trained)
+    # What is asked in vain is said before the work.
+    _check_rankers(config, score(model, predictor.encode(split.texts[:1]), gradients=config.gradients))
     scores = score(model, predictor.encode(split.texts), gradients=config.gradients, progress=_bar("scores"))
     result = {
         "config": config.to_json(),
@@ -74,9 +76,7 @@ def evaluate_scores(
     labels = torch.tensor(split.labels)
     capacities = average_capacity(scores)
     lengths = next(iter(scores.values()))
-    unknown = set(config.rankers) - set(scores)
-    if unknown:
-        raise OptionError(f"rankers must be among {', '.join(scores)}, got {', '.join(sorted(unknown))}")
+    _check_rankers(config, scores)
     scores = {name: scores[name] for name in config.rankers or scores}
     draws = {f"{RANDOM}/{i}": deletion.random_scores(lengths, config.seed * 1_000 + i) for i in range(config.draws)}
     measured = deletion.measure(
@@ -95,6 +95,12 @@ def evaluate_scores(
         "rankers": {name: _of_ranker(by_k, measured, config) for name, by_k in measured.items()},
         "normalised_aopc": _normalised(predict, texts, scores | draws, config),
     }
+
+
+def _check_rankers(config: EvaluationConfig, scores: Scores) -> None:
+    unknown = set(config.rankers) - set(scores)
+    if unknown:
+        raise OptionError(f"rankers must be among {', '.join(scores)}, got {', '.join(sorted(unknown))}")
 
 
 def average_capacity(scores: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, float]]:

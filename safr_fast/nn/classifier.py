@@ -80,11 +80,12 @@ class TransformerClassifier(nn.Module):
             embedded: ``(B, T, E)`` or ``(N, E)``, taken for the embeddings of ``ids``, to attribute scores to them.
 
         Raises:
-            TypeError, ValueError: ``cu_seqlens`` of the wrong dtype, shape or device, or beside a ``mask``.
+            TypeError, ValueError: ``cu_seqlens`` of the wrong dtype, shape or device, or beside a ``mask``; on the CPU
+                also, not from 0 to N.
         """
         arguments.check_cu_seqlens(cu_seqlens, mask, ids, "(N)")
+        arguments.check_offsets(cu_seqlens, len(ids), to_the_end=True)
         if cu_seqlens is not None and max_seqlen is None:
-            arguments.check_offsets(cu_seqlens, len(ids))
             max_seqlen = max(cu_seqlens.diff().tolist(), default=0)
         x, gate = self._embed(ids, embedded)
         hidden = x if gate is None else gate.unsqueeze(-1) * x  # (B, T, E) or (N, E)

@@ -1,6 +1,5 @@
 """What a page shows of a run: values and figures, no markup."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safr_fast.evaluation.places import capacity, hidden_states, title
 from safr_fast.evaluation.predictor import Predictor
 from safr_fast.nn import TransformerClassifier
 from safr_fast.report import figures
+from safr_fast.training.run import RunFolder
 
 _GRAPH = 24
 _MATRIX = 32
@@ -43,8 +43,7 @@ class Text:
     graphs: dict[str, Figure]
     matrices: dict[str, Figure]
     strip: Figure
-    shown: int
-    """Words in the strip; the graph and the matrix show the most important of them."""
+    """Of the first words; the graphs and matrices show the most important of all."""
 
 
 def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Text:
@@ -81,7 +80,6 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
         graphs=graphs,
         matrices=matrices,
         strip=figures.capacities(words[:shown], {title(p): values[:shown].numpy() for p, values in by_place.items()}),
-        shown=shown,
     )
 
 
@@ -109,8 +107,7 @@ def _matrix(words: Sequence[str], h: Tensor, chosen: list[int]) -> Figure:
 
 def training(run: Path) -> dict[str, Figure]:
     """Curves of every term, by title."""
-    file = run / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    records = RunFolder(run).load_metrics()
     epochs = [record for record in records if record["event"] == "epoch"]
     shown = {}
     terms = {

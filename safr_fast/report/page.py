@@ -1,6 +1,5 @@
 """The page of a run: one file of HTML that needs no network."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,6 +17,7 @@ from safr_fast.evaluation.table import ranker_title
 from safr_fast.nn import TransformerClassifier
 from safr_fast.report import content, figures
 from safr_fast.training import TrainConfig, load_run
+from safr_fast.training.errors import OptionError
 from safr_fast.training.loop import load_corpus
 from safr_fast.training.run import RunFolder, write_atomically
 
@@ -34,7 +34,7 @@ class Report:
     figures: Path
 
 
-def report_run(run: Path, texts: Sequence[str] = (), *, data_dir: Path | None = None) -> Report:
+def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: Path | None = None) -> Report:
     """Write ``report.html`` into a run's folder, and each figure as SVG into its folder ``figures``.
 
     Args:
@@ -44,16 +44,19 @@ def report_run(run: Path, texts: Sequence[str] = (), *, data_dir: Path | None = 
 
     Raises:
         RunError: no such run, or one without a finished epoch.
+        OptionError: a text without words.
         DataUnavailable: no text is given, and the data set is not there to take one from.
     """
+    run = Path(run)
+    if not all(text.split() for text in texts):
+        raise OptionError(f"text must hold words, got {next(text for text in texts if not text.split())!r}")
     model, vocabulary, config = load_run(run)
     predictor = Predictor(model, vocabulary, config)
     if not texts:
         moved = config if data_dir is None else TrainConfig.from_json(config.to_json() | {"data_dir": str(data_dir)})
         texts = _examples(load_corpus(moved).test)
-    looked_into = [content.of_text(model, predictor, text) for text in texts if text.split()]
-    stored = run / EVALUATION
-    evaluation = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else None
+    looked_into = [content.of_text(model, predictor, text) for text in texts]
+    evaluation = RunFolder(run).load_result(EVALUATION)
     drawn: dict[str, bytes] = {}
 
     def uri(name: str, figure: Figure) -> str:

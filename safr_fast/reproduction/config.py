@@ -58,7 +58,7 @@ class ReproductionConfig:
             Setting.of(row)
 
     def settings(self, target: Target) -> tuple[Setting, ...]:
-        return tuple(map(Setting.of, self.rows)) or rows(target, self.dataset)
+        return tuple(dict.fromkeys(map(Setting.of, self.rows))) or rows(target, self.dataset)
 
     def protocols(self, target: Target) -> tuple[Literal["masked", "released"], ...]:
         protocol = self.protocol or ("both" if target == "table1" else "released")

@@ -1,7 +1,5 @@
 """What part the regularisers have in moving the weights, from what a run recorded of its gradients."""
 
-import json
-
 from safr_fast.training.run import RunFolder, write_json
 
 _FILE = "gradients.json"
@@ -14,13 +12,10 @@ def gradient_shares(folder: RunFolder) -> dict[str, float]:
     Empty where the run was trained without ``log_gradients``. Kept in a file of its own, so that the metrics, which are
     long, need not be kept with the results.
     """
-    file = folder.path / _FILE
-    if file.exists():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    if not folder.metrics_file.exists():
-        return {}
-    records = map(json.loads, folder.metrics_file.read_text(encoding="utf-8").splitlines())
-    steps = [record["train"] for record in records if record["event"] == "step"]
+    stored = folder.load_result(_FILE)
+    if stored is not None:
+        return stored
+    steps = [record["train"] for record in folder.load_metrics() if record["event"] == "step"]
     steps = [step for step in steps if "gradient_cross_entropy" in step]
     task = sum(step["gradient_cross_entropy"] for step in steps)
     shares = {
@@ -29,5 +24,5 @@ def gradient_shares(folder: RunFolder) -> dict[str, float]:
         if steps and f"gradient_{term}_weighted" in steps[0]
     }
     if steps:
-        write_json(file, shares)
+        write_json(folder.path / _FILE, shares)
     return shares

@@ -1,12 +1,11 @@
 """Training and evaluating what a table lacks, and writing the table after every run."""
 
-import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safr_fast.evaluation.config import EvaluationConfig
 from safr_fast.evaluation.run import evaluate_run
 from safr_fast.reproduction.config import ReproductionConfig, Target
 from safr_fast.reproduction.gradients import gradient_shares
@@ -27,6 +26,7 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
     Raises:
         RunError: ``finished_only``, and none is.
     """
+    evaluation = config.evaluation(target)
     results: list[dict[str, Any]] = []
     stem = config.out / f"{target}-{config.dataset}"
     plan = [
@@ -49,7 +49,7 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
                 "protocol": protocol,
                 "setting": setting,
                 "seed": seed,
-                "evaluation": _evaluated(target, training, config),
+                "evaluation": _evaluated(target, training, evaluation, config),
                 "gradients": gradient_shares(folder),
             }
         )
@@ -65,25 +65,19 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
 
 
 def _trained(config: TrainConfig, report: Callable[[str], None]) -> None:
-    """A run that is finished stays, wherever it was made; one that was begun goes on, with its own data folder."""
+    """A run that is finished stays; one that was begun goes on."""
     assert config.out is not None
     folder = RunFolder(config.out)
     finished = folder.summary_file.exists()
-    begun = folder.config_file.exists()
-    if begun:
-        config = dataclasses.replace(config, data_dir=None)
-    if finished:
-        config = dataclasses.replace(config, device="auto", threads=None)
-    train(config, resume=begun, report=(lambda _: None) if finished else report)
+    train(config, resume=folder.config_file.exists(), report=(lambda _: None) if finished else report)
 
 
-def _evaluated(target: Target, training: TrainConfig, config: ReproductionConfig) -> dict[str, Any]:
+def _evaluated(
+    target: Target, training: TrainConfig, evaluation: EvaluationConfig, config: ReproductionConfig
+) -> dict[str, Any]:
     assert training.out is not None
-    evaluation = config.evaluation(target)
     name = "evaluation-figure3.json" if target == "figure3" else "evaluation-tables.json"
-    file = Path(training.out) / name
-    if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored["config"] == evaluation.to_json():
-            return dict(stored)
+    stored = RunFolder(training.out).load_result(name)
+    if stored is not None and stored["config"] == evaluation.to_json():
+        return stored
     return evaluate_run(training.out, evaluation, data_dir=config.data_dir, device=config.device, file=name)

@@ -69,7 +69,7 @@ class TrainConfig:
     """Folder with the data set's files, such as train, validation and test.parquet; without it the Hugging Face hub is
     asked."""
     all_rows: bool = False
-    """SST-2: also train and test on rows outside the paper's subset."""
+    """SST-2: also train and test on rows outside the paper's subset. From the hub it is always all of them."""
     data_seed: int = 0
     """Of the generated reviews, and of IMDB's development split."""
     max_len: int | None = None

@@ -68,7 +68,8 @@ def train(
     Args:
         config: the run; the defaults if None.
         resume: go on with the run in ``config.out`` after its last checkpoint, under the configuration it began with.
-            An option of ``config`` that is not a default must agree with it. A finished run gives its result again.
+            An option of ``config`` that is not a default must agree with it, but for where it runs: ``data_dir``,
+            ``device`` and ``threads`` may be others. A finished run gives its result again.
         report: takes the lines for the reader.
 
     Raises:
@@ -86,7 +87,7 @@ def train(
                 folder.close()
         else:
             with settings(config) as device:
-                result = _Run(config, folder, device, team, say).go()
+                result = _Run(config, folder, device, team, say).go(resume)
     last = PROTOCOLS[config.protocol].tests_last_epoch
     say(lines.result(result.best_epoch, result.epochs, last, result.dev, result.test, result.agreement))
     if result.peak_memory:
@@ -123,6 +124,7 @@ class _Run:
         self.config, self.folder, self.device, self.team, self.report = config, folder, device, team, report
         self.protocol = PROTOCOLS[config.protocol]
         corpus = load_corpus(config)
+        self.note = corpus.note
         self.vocabulary = Vocabulary.of(corpus.train.texts)
         self.train, self.dev, self.test = (
             EncodedSplit.of(split, self.vocabulary, config.max_len or None, width=self.protocol.width(config.max_len))
@@ -137,7 +139,7 @@ class _Run:
         self.epochs = cast(int, config.epochs)
         self.progress = Progress(processes=team.count)
 
-    def go(self) -> TrainResult:
+    def go(self, resume: bool) -> TrainResult:
         self.folder.check_vocabulary(self.vocabulary)
         stored = self.folder.load_state()
         if stored is not None:
@@ -152,7 +154,7 @@ class _Run:
         self.network = self._network()
         self.team.wait()  # before the first process writes what others still read
         if self.team.first:
-            self.folder.open(self.config, self.vocabulary)
+            self.folder.open(self.config, self.vocabulary, resume=resume)
             self.folder.drop_metrics_after(self.progress)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.report(
@@ -160,6 +162,8 @@ class _Run:
             f"{len(self.train.ids):,} training tokens, {len(self.vocabulary):,} word types; "
             f"{parameters:,} parameters on {self.device}; run folder {self.folder.path}"
         )
+        if self.note:
+            self.report(self.note)
         if self.progress.step:
             begun = f" and {self.progress.begun.steps} steps" if self.progress.begun.steps else ""
             self.report(f"going on after epoch {self.progress.epoch}{begun}")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -86,9 +86,18 @@ class RunFolder:
         if self.vocabulary_file.exists() and self.load_vocabulary().words != vocabulary.words:
             raise RunError(f"the data are not those that {self.path} began with: their vocabulary differs")
 
-    def open(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
-        """Make the folder, with configuration and vocabulary."""
+    def open(self, config: TrainConfig, vocabulary: Vocabulary, *, resume: bool) -> None:
+        """Make the folder, with configuration and vocabulary.
+
+        Raises:
+            RunError: of two runs that began with the same folder while neither had made it, the second.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            try:
+                self.config_file.touch(exist_ok=False)
+            except FileExistsError:
+                raise RunError(_taken(self.path)) from None
         self._clear()
         write_json(self.config_file, config.to_json())
         write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
@@ -114,30 +123,37 @@ class RunFolder:
             return Vocabulary.load(self.vocabulary_file)
 
     def load_summary(self) -> dict[str, Any] | None:
-        if not self.summary_file.exists():
+        return self.load_result(self.summary_file.name)
+
+    def load_result(self, name: str) -> dict[str, Any] | None:
+        """A file of results, here the summary or an evaluation; None if there is none."""
+        file = self.path / name
+        if not file.exists():
             return None
-        with _undamaged(self.summary_file):
-            return dict(json.loads(self.summary_file.read_text(encoding="utf-8")))
+        with _undamaged(file):
+            return dict(json.loads(file.read_text(encoding="utf-8")))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def load_metrics(self) -> list[dict[str, Any]]:
+        """What was recorded, but for the half line that a kill may leave at the end."""
+        records = []
+        if self.metrics_file.exists():
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):
+                    records.append(json.loads(line))
+        return records
 
     def drop_metrics_after(self, progress: Progress) -> None:
         """Forget what was written after a checkpoint, a last half line too."""
         if not self.metrics_file.exists():
             return
         reached = {"step": progress.step, "epoch": progress.epoch}
-        kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            event = record["event"]
-            if event in reached and record[event] <= reached[event]:
-                kept.append(line + "\n")
-        write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept), encoding="utf-8"))
+        kept = [r for r in self.load_metrics() if r["event"] in reached and r[r["event"]] <= reached[r["event"]]]
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
+        write_atomically(self.metrics_file, lambda file: file.write_text(text, encoding="utf-8"))
 
     def save_model(self, weights: dict[str, Tensor]) -> None:
         write_atomically(self.model_file, lambda file: save_file(weights, file))
@@ -162,6 +178,10 @@ class RunFolder:
             return tensors, Progress(**values | {"begun": Epoch(**values["begun"])})
 
 
+# Where a run computes, not what: another machine may go on with it.
+_WHERE = ("data_dir", "device", "threads")
+
+
 def place(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder]:
     """The folder that a run goes to, and the configuration that it runs under: a resumed one's is its own."""
     if config.out is not None and config.out.exists() and not config.out.is_dir():
@@ -170,8 +190,12 @@ def place(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder]:
         return _resumed(config)
     path = config.out or default_folder(config.dataset)
     if path.exists() and not all(map(_is_temporary, path.iterdir())):
-        raise RunError(f"{path} exists: go on with it by --resume, or give another folder by --out")
+        raise RunError(_taken(path))
     return dataclasses.replace(config.resolved(), out=path), RunFolder(path)
+
+
+def _taken(path: Path) -> str:
+    return f"{path} exists: go on with it by --resume, or give another folder by --out"
 
 
 def default_folder(dataset: str) -> Path:
@@ -186,6 +210,8 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
         raise RunError(f"--resume needs --out, the folder of the run to go on with{hint}")
     folder = RunFolder(config.out)
     stored = dataclasses.replace(folder.stored_config(), out=config.out)
+    moved = {name: getattr(config, name) for name in _WHERE if getattr(config, name) != getattr(TrainConfig(), name)}
+    stored = dataclasses.replace(stored, **moved)
     given, begun_with, defaults = (_flat(values) for values in (config, stored, TrainConfig()))
     differing = [name for name, value in given.items() if value not in (defaults[name], begun_with[name])]
     if differing:
