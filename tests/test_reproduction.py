@@ -17,7 +17,7 @@ from safr_fast.reproduction.gradients import gradient_shares
 from safr_fast.reproduction.run import reproduce
 from safr_fast.reproduction.settings import BASELINE, Setting, rows
 from safr_fast.reproduction.tables import markdown, summarise
-from safr_fast.training import ModelConfig, OptionError, RunError, loop
+from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, loop
 from safr_fast.training.run import RunFolder
 
 TINY = ModelConfig(dim=16, heads=2, feedforward=16, mask_hidden=8)
@@ -201,6 +201,12 @@ def test_a_row_given_twice_is_one_row() -> None:
     """Twice the same runs would make the interval of a mean too narrow."""
     settings = ReproductionConfig(rows=("1,0.1", "0,0", "1.0,.1")).settings("table2")
     assert settings == (Setting(1, 0.1), Setting(0, 0))
+
+
+def test_options_of_the_training_reach_it() -> None:
+    asked = ReproductionConfig(epochs=7, patience=9, threads=2).training("masked", Setting(), 4)
+    assert (asked.epochs, asked.patience, asked.threads, asked.seed) == (7, 9, 2, 4)
+    assert ReproductionConfig().training("masked", Setting(), 0).patience == TrainConfig().patience
 
 
 def test_options_of_the_evaluation_are_refused_before_the_training(small: list[str], tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ class ReproductionConfig:
     """Test texts to evaluate on, drawn; all by default."""
     epochs: int | None = None
     """At most; as for safr-fast train by default."""
+    patience: int = TrainConfig.patience
+    """Stop after this many epochs without a better development accuracy."""
     log_gradients: bool = False
     """Record the norm of each term's gradient in the runs that are trained."""
     device: str = "auto"
@@ -76,6 +78,7 @@ class ReproductionConfig:
             seed=seed,
             log_gradients=self.log_gradients,
             epochs=self.epochs,
+            patience=self.patience,
             device=self.device,
             threads=self.threads,
             out=self.out / f"{self.dataset}-{protocol}-{setting.folder}{form}-seed{seed}",
