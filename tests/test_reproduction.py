@@ -188,6 +188,7 @@ def test_values_are_means_over_seeds_beside_the_papers_own() -> None:
     assert lines[-2].startswith("| released | 1,0.1 | 3 | 72.00 ± 4.97 | 72.96 |")
     assert lines[-1].startswith("| released | 0.01,0.1 | 3 | 72.00 ± 4.97 |  |")
     assert summarise("table2", "imdb", results)["rows"][0]["paper"] is None
+    assert summarise("table2", "sst2", results, "paper")["rows"][0]["paper"] is None
 
 
 def test_rows_hold_the_papers_settings_first_and_each_once() -> None:

@@ -53,7 +53,7 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
                 "gradients": gradient_shares(folder),
             }
         )
-        summary = summarise(target, config.dataset, results)
+        summary = summarise(target, config.dataset, results, config.variant)
         text = markdown(summary)
         write_json(stem.with_suffix(".json"), summary)
         write_atomically(stem.with_suffix(".md"), partial(Path.write_text, data=text, encoding="utf-8"))

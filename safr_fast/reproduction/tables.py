@@ -8,6 +8,7 @@ from safr_fast.evaluation.places import title
 from safr_fast.evaluation.statistics import t_interval
 from safr_fast.reproduction.config import Target
 from safr_fast.reproduction.settings import PAPER, PAPER_CAPACITY, Setting
+from safr_fast.training.config import Variant
 
 _FFN1, _VMASK, _RANDOM = "capacity:ffn1_pre", "capacity:vmask", "random"
 _TERMS = ("importance", "interaction")
@@ -22,15 +23,18 @@ Results = Sequence[Mapping[str, Any]]
 """Of each run: ``protocol``, ``setting``, ``seed``, its ``evaluation``, and its ``gradients`` if recorded."""
 
 
-def summarise(target: Target, dataset: str, results: Results) -> dict[str, Any]:
-    """The table as plain values: for every row and measure ``[mean, half width of the 95 % interval, or null]``."""
+def summarise(target: Target, dataset: str, results: Results, variant: Variant = "released") -> dict[str, Any]:
+    """The table as plain values: for every row and measure ``[mean, half width of the 95 % interval, or null]``.
+
+    The paper's figures stand beside runs of the variant ``released``, whose terms its weights belong to.
+    """
     groups: dict[tuple[str, Setting], list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["protocol"], result["setting"]), []).append(result)
     rows = []
     for (protocol, setting), runs in groups.items():
         evaluations = [run["evaluation"] for run in runs]
-        figures = PAPER.get((dataset, setting))
+        figures = PAPER.get((dataset, setting)) if variant == "released" else None
         rows.append(
             {
                 "protocol": protocol,
@@ -39,7 +43,7 @@ def summarise(target: Target, dataset: str, results: Results) -> dict[str, Any]:
                 **_values(target, evaluations),
                 "gradients": _gradients([run.get("gradients", {}) for run in runs]),
                 "paper": figures._asdict() if figures and target in ("table1", "table2") else None,
-                "paper_capacity": PAPER_CAPACITY.get((dataset, setting)) if target == "table3" else None,
+                "paper_capacity": PAPER_CAPACITY.get((dataset, setting)) if figures and target == "table3" else None,
             }
         )
     texts = sorted({result["evaluation"]["texts"] for result in results})
