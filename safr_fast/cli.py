@@ -80,6 +80,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             config: The run.
             resume: Go on with the run in --out after its last checkpoint. It keeps its own settings whatever else is
                 given: an option that contradicts them is refused, but one that equals the default reads as not given.
+                --data-dir, --device and --threads may be others.
         """
         return partial(_train, config, resume)
 

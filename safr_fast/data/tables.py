@@ -22,7 +22,7 @@ def read(folder: Path, names: Sequence[str], alternative: str, *, paper: bool = 
 
 def marks_paper(folder: Path, names: Sequence[str]) -> bool:
     """Whether splits that :func:`read` gives have the column ``paper``."""
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     files = _files(_place(folder, names) or folder, names[0])
     return "paper" in parquet.read_schema(files[0]).names

@@ -56,8 +56,8 @@ def evaluate_run(
         trained = dataclasses.replace(trained, data_dir=data_dir)
     split = _drawn(load_corpus(trained).test, config)
     predictor = Predictor(model, vocabulary, trained)
-    # What is asked in vain is said before the work.
-    _check_rankers(config, score(model, predictor.encode(split.texts[:1]), gradients=config.gradients))
+    if config.rankers:  # a name that is asked for in vain is said before the work
+        _check_rankers(config, score(model, predictor.encode(split.texts[:1]), gradients=config.gradients))
     scores = score(model, predictor.encode(split.texts), gradients=config.gradients, progress=_bar("scores"))
     result = {
         "config": config.to_json(),
