@@ -42,7 +42,18 @@ def predict(texts: Sequence[Sequence[str]]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("words", "k", "deleted"),
-    [(10, 30, 3), (9, 30, 2), (3, 30, 1), (1, 30, 0), (0, 30, 0), (2, 100, 1), (100, 29, 29), (7, 1, 1), (20, 35, 7)],
+    [
+        (10, 30, 3),
+        (9, 30, 2),
+        (3, 30, 1),
+        (1, 30, 0),
+        (0, 30, 0),
+        (2, 100, 1),
+        (100, 29, 29),
+        (7, 1, 1),
+        (20, 35, 7),
+        (375, 18.4, 69),
+    ],
 )
 def test_how_many_words_k_per_cent_are(words: int, k: float, deleted: int) -> None:
     assert count(words, words, k) == deleted
@@ -119,6 +130,13 @@ def test_normalised_aopc_is_one_at_the_best_order_and_zero_at_the_worst() -> Non
     )
     assert normalised(0.5, 0.1, 0.3) == 1.0  # better than the beam found
     assert normalised(0.0, 0.0, 0.0) == 0.5
+
+
+def test_a_text_of_one_word_has_no_aopc() -> None:
+    with pytest.raises(ValueError, match="words must be at least two, since a text keeps its last, got 1"):
+        aopc(predict, ["good"], torch.zeros(1))
+    with pytest.raises(ValueError, match="words must be at least two, since a text keeps its last, got 1"):
+        limits(predict, ["good"], 1)
 
 
 def test_random_control_takes_other_words_in_every_draw_and_is_repeatable() -> None:
@@ -216,6 +234,16 @@ def test_gradient_rankers_agree_with_their_definitions() -> None:
     path = torch.stack([gradient((step + 0.5) / 400)[0] for step in range(400)]).mean(0)
     torch.testing.assert_close(scores["integrated_gradients"][0], (x * path).sum(-1)[0], rtol=2e-2, atol=2e-3)
     assert scores["integrated_gradients"][0].sum().item() == pytest.approx((whole - gradient(0.0)[1]).item(), abs=1e-2)
+
+
+def test_scores_are_those_of_evaluation_whatever_the_mode_of_the_model() -> None:
+    model, *_ = model_and_batch()
+    texts = Predictor(model, Vocabulary("abcde"), TrainConfig()).encode(["a c b e e"])
+    expected = score(model, texts, gradients=True)
+    scores = score(model.train(), texts, gradients=True)
+    assert model.training
+    for name, (values,) in scores.items():
+        assert torch.equal(values, expected[name][0]), name
 
 
 def test_attention_received_by_the_words_of_a_text_adds_up_to_its_queries() -> None:

@@ -1,6 +1,8 @@
 """The page of a run: self-contained, escaped, and true to what the model gives."""
 
+import base64
 import html.parser
+import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -19,7 +21,8 @@ from safr_fast.evaluation.places import capacity, hidden_states
 from safr_fast.report import Report, content, figures, page, report_run
 from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, load_run, loop, train
 
-NASTY = '<script>alert(1)</script> <br /> $x_1$ "quoted" {{7*7}} &amp; \' </td> naïve 日本語 $$ %s good bad'
+NASTY = """<script>alert(1)</script> <br /> $x_1$ "quoted" {{7*7}} &amp; ' </td> naïve 日本語 $$ %s good bad good
+\b\uffffA"""
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +81,11 @@ def test_a_page_escapes_every_word_and_asks_for_nothing(reports: dict[str, Repor
     assert all(address.startswith("data:image/svg+xml;base64,") for address in reader.addresses)
     source = report.page.read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]*", "", source))
-    assert set(NASTY.split()) <= {text.strip() for text in reader.text}
-    for file in report.figures.iterdir():
-        root = ET.parse(file).getroot()  # well-formed, whatever the words
+    words = NASTY.replace("\b", "\ufffd").replace("\uffff", "\ufffd").split()
+    assert set(words) <= {text.strip() for text in reader.text}
+    drawn = [base64.b64decode(address.partition(",")[2]) for address in reader.addresses]
+    for image in [*drawn, *(file.read_bytes() for file in report.figures.iterdir())]:
+        root = ET.fromstring(image)  # well-formed, whatever the words
         assert not root.findall(".//{http://www.w3.org/2000/svg}script")
     graph = (report.figures / "text1-allocation-ffn1-before-relu.svg").read_text(encoding="utf-8")
     assert "$x_1$" in graph
@@ -101,6 +106,29 @@ def test_a_page_shows_every_part(reports: dict[str, Report]) -> None:
     ):
         assert part in text, part
     assert "This run has not been evaluated" in " ".join(read(reports["baseline"].page).text)
+
+
+def test_numbers_on_a_page_are_said_to_be_what_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "vmask"
+    shutil.copytree(runs["vmask"], run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"epochs": 9, "best_epoch": 6}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = " ".join(read(report_run(run, ["good film", "good good film"]).page).text)
+    assert ", of epoch 6 of 9" in text
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"protocol": "released"}))
+    assert ", of epoch 9 of 9" in " ".join(read(report_run(run, ["good film"]).page).text)
+    assert "At k = 30 %, AOPC over all k:" in text
+    assert text.count("the strongest only.") == text.count("the strongest only, each once.") == 1
+    assert text.count("of every pair,") == text.count("of every pair, each once,") + 1 == 2
+
+
+def test_the_curve_of_deletion_goes_from_left_to_right() -> None:
+    by_k = {k: {"accuracy": [float(k) / 100, 0.0, 1.0]} for k in ("50", "10", "30")}
+    figure = content.deletion({"accuracy": [0.9, 0.8, 1.0], "rankers": {"random": {"k": by_k}}})
+    (line,) = figure.axes[0].get_lines()
+    assert np.asarray(line.get_xydata()).tolist() == [[0, 90], [10, 10], [30, 30], [50, 50]]
 
 
 def test_a_page_of_a_killed_run_shows_what_is_whole(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from safr_fast import cli
 from safr_fast.data import synthetic
@@ -135,8 +136,59 @@ def test_gradient_shares_are_of_the_mean_norms(
 
 def test_runs_of_other_settings_are_not_taken_for_the_tables(small: list[str], tmp_path: Path) -> None:
     reproduce("table2", config(tmp_path, rows=("baseline",), seeds=1), report=quiet)
-    with pytest.raises(RunError, match=r"began with epochs 1 \(now 2\)"):
-        reproduce("table2", config(tmp_path, rows=("baseline",), seeds=1, epochs=2), report=quiet)
+    for options, change in (
+        ({"epochs": 2}, r"epochs 1 \(now 2\)"),
+        ({"epochs": None}, r"epochs 1 \(now 15\)"),
+        ({"model": ModelConfig()}, r"model.dim 16 \(now 256\), model.heads 2 \(now 8\)"),
+    ):
+        with pytest.raises(RunError, match=f"was trained with {change}.*: give the same options, or another folder"):
+            reproduce("table2", config(tmp_path, rows=("baseline",), seeds=1, **options), report=quiet)
+
+
+def test_an_option_at_its_default_is_one_too(small: list[str], tmp_path: Path) -> None:
+    reproduce("table2", config(tmp_path, rows=("baseline",), seeds=1, patience=10), report=quiet)
+    with pytest.raises(RunError, match=r"was trained with patience 10 \(now 3\): give the same options"):
+        reproduce("table2", config(tmp_path, rows=("baseline",), seeds=2), report=quiet)
+    assert len(small) == 1
+
+
+def test_a_table_says_how_it_was_trained_where_not_as_the_paper(small: list[str], tmp_path: Path) -> None:
+    sizes = ", ".join(f"model.{name} {getattr(TINY, name)}" for name in ("dim", "heads", "feedforward", "mask_hidden"))
+    text = reproduce("table2", config(tmp_path, rows=("0.1,0",), seeds=1), report=quiet)
+    other = reproduce("table2", config(tmp_path, rows=("0.1,0",), seeds=1, variant="paper"), report=quiet)
+    assert text.splitlines()[0].endswith(f"(synthetic; epochs 1, {sizes})")
+    assert other.splitlines()[0].endswith(f"(synthetic; variant paper, epochs 1, {sizes})")
+    assert (tmp_path / "table2-synthetic.md").read_text() == text
+    assert (tmp_path / "table2-synthetic-paper.md").read_text() == other
+    assert ReproductionConfig().departures() == {}
+
+
+def test_weights_that_are_gone_and_needed_are_named(small: list[str], tmp_path: Path) -> None:
+    wanted = {"rows": ("baseline",), "protocol": "masked", "seeds": 1}
+    reproduce("table2", config(tmp_path, normalised=2, **wanted), report=quiet)
+    (tmp_path / "synthetic-masked-baseline-seed0" / "model.safetensors").unlink()
+    with pytest.raises(
+        RunError, match=r"weights are gone; evaluation-tables.json was made with normalised 2 \(now 0\)"
+    ):
+        reproduce("table2", config(tmp_path, **wanted), report=quiet)
+    with pytest.raises(RunError, match=r"weights are gone; it has no evaluation-figure3.json"):
+        reproduce("figure3", config(tmp_path, **wanted), report=quiet)
+
+
+def test_the_evaluation_takes_the_asked_threads(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, threads = module.evaluate_run, []
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "evaluate_run", noting)
+    for asked in (1, 3):
+        out = tmp_path / str(asked)
+        reproduce("table1", config(out, rows=("baseline",), protocol="masked", seeds=1, threads=asked), report=quiet)
+    assert threads == [1, 3]
 
 
 def test_an_evaluation_on_other_texts_is_made_anew(small: list[str], tmp_path: Path) -> None:
@@ -171,7 +223,13 @@ def evaluation(accuracy: float, srs: float) -> dict[str, Any]:
     names = ("capacity:ffn1_pre", "capacity:vmask", "random")
     rankers = {name: {"k": {"30": of_k}} for name in names}
     limits = {"rankers": {name: [0.6, 0, 1] for name in names}}
-    return {"texts": 1743, "accuracy": [accuracy, 0, 1], "rankers": rankers, "normalised_aopc": limits}
+    return {
+        "texts": 1743,
+        "one_word_texts": 3,
+        "accuracy": [accuracy, 0, 1],
+        "rankers": rankers,
+        "normalised_aopc": limits,
+    }
 
 
 def test_values_are_means_over_seeds_beside_the_papers_own() -> None:
@@ -188,7 +246,10 @@ def test_values_are_means_over_seeds_beside_the_papers_own() -> None:
     assert lines[-2].startswith("| released | 1,0.1 | 3 | 72.00 ± 4.97 | 72.96 |")
     assert lines[-1].startswith("| released | 0.01,0.1 | 3 | 72.00 ± 4.97 |  |")
     assert summarise("table2", "imdb", results)["rows"][0]["paper"] is None
-    assert summarise("table2", "sst2", results, "paper")["rows"][0]["paper"] is None
+    assert "1,743 test texts (3 of one word, which keep it)" in "\n".join(lines)
+    assert summarise("table2", "sst2", results, {"variant": "paper"})["rows"][0]["paper"] is None
+    masked = [result | {"protocol": "masked"} for result in results]
+    assert summarise("table2", "sst2", masked)["rows"][0]["paper"] is None
 
 
 def test_rows_hold_the_papers_settings_first_and_each_once() -> None:

@@ -18,6 +18,7 @@ from support import forkserver
 
 from safr_fast import data
 from safr_fast.training import RunError, TrainConfig, load_run, loop, train
+from safr_fast.training.lock import locked
 from safr_fast.training.run import RunFolder
 
 
@@ -204,6 +205,55 @@ def test_of_two_runs_that_take_the_same_new_folder_one_is_refused(
     with pytest.raises(RunError, match="exists: go on with it by --resume"):
         run(tmp_path / "run", epochs=1)
     assert RunFolder(tmp_path / "run").stored_config().seed == 1
+
+
+def test_a_run_that_ended_while_another_process_took_it_up_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "run", monkeypatch)
+    load_corpus, nested = loop.load_corpus, iter([True, False])
+
+    def meanwhile(config: TrainConfig) -> data.Corpus:
+        if next(nested):
+            run(tmp_path / "run", resume=True)
+        return load_corpus(config)
+
+    monkeypatch.setattr(loop, "load_corpus", meanwhile)
+    with pytest.raises(RunError, match="exists: go on with it by --resume"):
+        run(tmp_path / "run", resume=True)
+    assert [record["epoch"] for record in records(tmp_path / "run", "epoch")] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of Unix")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_process_trains_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    out = tmp_path / "run"
+    if resume:
+        interrupted(out, monkeypatch)
+    out.mkdir(exist_ok=True)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with locked(out), pytest.raises(RunError, match="run is being trained by another process: wait for it"):
+        run(out, resume=resume, epochs=4)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert run(out, resume=resume, epochs=4).epochs == 4
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_interrupt_at_the_configuration_leaves_a_folder_that_can_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    def interrupted_write(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if resume:
+        interrupted(tmp_path / "run", monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr("safr_fast.training.run.write_json", interrupted_write)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", resume=resume)
+    assert run(tmp_path / "run", resume=resume).epochs == 4
 
 
 def change_vocabulary(out: Path) -> None:

@@ -19,7 +19,7 @@ _CHUNK = 256
 
 def count(words: int, scored: int, k: float) -> int:
     """How many words deleting k % takes: ``max(1, ⌊k · scored / 100⌋)``, but never the last word of a text."""
-    return max(0, min(max(1, int(k * scored / 100)), words - 1))
+    return max(0, min(max(1, int(round(k * scored / 100, 9))), words - 1))
 
 
 def order(scores: Tensor) -> list[int]:

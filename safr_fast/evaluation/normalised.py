@@ -13,7 +13,12 @@ from safr_fast.evaluation.deletion import Predict, Words, order, without
 
 
 def aopc(predict: Predict, words: Words, scores: Tensor) -> float:
-    """Mean fall of p(ŷ) over deleting 1, 2, … of the scored words, highest first, down to the last word of the text."""
+    """Mean fall of p(ŷ) over deleting 1, 2, … of the scored words, highest first, down to the last word of the text.
+
+    Raises:
+        ValueError: fewer than two words, of which none can be deleted.
+    """
+    _check(words)
     ranked = order(scores)
     steps = min(len(ranked), len(words) - 1)
     probabilities = predict([words, *(without(words, ranked[:i]) for i in range(1, steps + 1))]).double()
@@ -26,7 +31,11 @@ def limits(predict: Predict, words: Words, scored: int, *, beam: int = 5) -> tup
 
     A beam search over the sets of deleted words keeps the ``beam`` best of each size: exact where no size has more
     sets, else an inner bound.
+
+    Raises:
+        ValueError: fewer than two words, of which none can be deleted.
     """
+    _check(words)
     whole = predict([words]).double()[0]
     target = whole.argmax()
     steps = min(scored, len(words) - 1)
@@ -46,6 +55,11 @@ def limits(predict: Predict, words: Words, scored: int, *, beam: int = 5) -> tup
             paths = {sets[i]: totals[i].item() for i in best}
         found.append(whole[target].item() - sign * min(paths.values()) / steps)
     return found[1], found[0]
+
+
+def _check(words: Words) -> None:
+    if len(words) < 2:
+        raise ValueError(f"words must be at least two, since a text keeps its last, got {len(words)}")
 
 
 def normalised(value: float, low: float, high: float) -> float:

@@ -26,12 +26,17 @@ def score(
     """
     device = model.classify.weight.device
     scores: dict[str, dict[int, Tensor]] = {}
-    for rows in progress(texts.batches()):
-        batch = texts.batch(rows).to(device)
-        for name, values in _of_batch(model, batch, gradients).items():
-            found = scores.setdefault(name, {})
-            for row, value in zip(rows, values.cpu(), strict=True):
-                found[row] = value[: len(texts.texts[row])].clone()
+    training = model.training
+    model.eval()
+    try:
+        for rows in progress(texts.batches()):
+            batch = texts.batch(rows).to(device)
+            for name, values in _of_batch(model, batch, gradients).items():
+                found = scores.setdefault(name, {})
+                for row, value in zip(rows, values.cpu(), strict=True):
+                    found[row] = value[: len(texts.texts[row])].clone()
+    finally:
+        model.train(training)
     return {name: [found[row] for row in range(len(texts))] for name, found in scores.items()}
 
 

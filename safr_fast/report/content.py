@@ -1,5 +1,6 @@
 """What a page shows of a run: values and figures, no markup."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from safr_fast.training.run import RunFolder
 _GRAPH = 24
 _MATRIX = 32
 _WORDS = 20
+# Characters that XML, and so SVG, cannot hold.
+_UNDRAWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Text:
     gated: bool
     largest: tuple[float, ...]
     """Capacity by place, of the word that has most."""
+    distinct: int
+    """Words that the graphs and matrices choose from: of those within the model's window each once."""
+    outside: int
+    """Words past the window."""
     graphs: dict[str, Figure]
     matrices: dict[str, Figure]
     strip: Figure
@@ -48,13 +55,13 @@ class Text:
 
 def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Text:
     """Capacities of every word at every place, with the graph and the matrix of each place."""
-    words = text.split()
     batch = predictor.encode([text]).batch([0])
     output, states = hidden_states(model, batch.ids, batch.mask)
     length = int(batch.mask.sum())
     by_place = {place: capacity(h, batch.mask)[0, :length] for place, h in states.items()}
     gate = None if output.gate is None else output.gate[0, :length].double()
     importance = by_place["embedding"] if gate is None else gate
+    words = [_UNDRAWABLE.sub("\ufffd", word) for word in text.split()]
     chosen = _distinct(words, importance.argsort(descending=True, stable=True).tolist())
     columns = torch.stack(list(by_place.values()), 1).tolist() if length else []
     rows = tuple(
@@ -77,6 +84,8 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
         positive=float(output.logits.double().softmax(1)[0, 1]),
         gated=gate is not None,
         largest=tuple(max(column) for column in zip(*columns, strict=True)),
+        distinct=len(chosen),
+        outside=len(words) - length,
         graphs=graphs,
         matrices=matrices,
         strip=figures.capacities(words[:shown], {title(p): values[:shown].numpy() for p, values in by_place.items()}),
@@ -162,7 +171,7 @@ def deletion(evaluation: Mapping[str, Any]) -> Figure:
         if name in evaluation["rankers"]:
             by_k = evaluation["rankers"][name]["k"]
             points = [("0", evaluation["accuracy"]), *((k, values["accuracy"]) for k, values in by_k.items())]
-            curves[shown] = [(float(k), *(100 * value for value in interval)) for k, interval in points]
+            curves[shown] = sorted((float(k), *(100 * value for value in interval)) for k, interval in points)
     return figures.accuracy_by_k(curves)
 
 

@@ -19,6 +19,7 @@ from safr_fast.report import content, figures
 from safr_fast.training import TrainConfig, load_run
 from safr_fast.training.errors import OptionError
 from safr_fast.training.loop import load_corpus
+from safr_fast.training.protocol import PROTOCOLS
 from safr_fast.training.run import RunFolder, write_atomically
 
 FILE = "report.html"
@@ -76,7 +77,9 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: Path | N
                 "positive": text.positive,
                 "gated": text.gated,
                 "largest": text.largest,
-                "outside": sum(not word.values for word in text.words),
+                "outside": text.outside,
+                "distinct": text.distinct,
+                "repeated": text.distinct < len(text.words) - text.outside,
                 "graphs": uris(f"text{i}-allocation", text.graphs),
                 "matrices": uris(f"text{i}-interference", text.matrices),
             }
@@ -119,7 +122,10 @@ def _facts(model: TransformerClassifier, config: TrainConfig, run: Path) -> str:
     ]
     summary = RunFolder(run).load_summary()
     if summary is not None:
-        parts.append(f"test accuracy {100 * summary['test']['accuracy']:.2f} % after {summary['epochs']} epochs")
+        epochs = summary["epochs"]
+        tested = epochs if PROTOCOLS[config.protocol].tests_last_epoch else summary["best_epoch"]
+        accuracy = 100 * summary["test"]["accuracy"]
+        parts.append(f"test accuracy {accuracy:.2f} %, of epoch {tested} of {epochs}")
     return ", ".join(parts)
 
 

@@ -1,8 +1,9 @@
 """What a reproduction is told."""
 
+import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safr_fast.data.sources import Dataset
 from safr_fast.evaluation.config import EvaluationConfig
@@ -22,7 +23,7 @@ class ReproductionConfig:
     data_dir: Path | None = None
     """Folder with the data set's files; without it the Hugging Face hub is asked."""
     protocol: Literal["masked", "released", "both"] | None = None
-    """The protocol of the runs; by default both for table1, else released, which the paper's figures belong to."""
+    """The protocol of the runs; by default both for table1, else released, beside which the paper's figures stand."""
     seeds: int = 5
     """Runs of each setting, with seeds 0, 1, ..."""
     rows: tuple[str, ...] = ()
@@ -65,6 +66,19 @@ class ReproductionConfig:
     def protocols(self, target: Target) -> tuple[Literal["masked", "released"], ...]:
         protocol = self.protocol or ("both" if target == "table1" else "released")
         return ("masked", "released") if protocol == "both" else (protocol,)
+
+    def departures(self) -> dict[str, Any]:
+        """What is trained in another way than the paper's, by option."""
+        plain = ReproductionConfig()
+        sizes, usual = (dataclasses.asdict(config.model) for config in (self, plain))
+        options = {name: getattr(self, name) for name in ("variant", "epochs", "patience")}
+        different = {name: value for name, value in options.items() if value != getattr(plain, name)}
+        return different | {f"model.{name}": value for name, value in sizes.items() if value != usual[name]}
+
+    def stem(self, target: Target) -> Path:
+        """A table's files, without their endings."""
+        form = "" if self.variant == "released" else f"-{self.variant}"
+        return self.out / f"{target}-{self.dataset}{form}"
 
     def training(self, protocol: Literal["masked", "released"], setting: Setting, seed: int) -> TrainConfig:
         form = "" if self.variant == "released" else f"-{self.variant}"

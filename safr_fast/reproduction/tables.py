@@ -8,7 +8,6 @@ from safr_fast.evaluation.places import title
 from safr_fast.evaluation.statistics import t_interval
 from safr_fast.reproduction.config import Target
 from safr_fast.reproduction.settings import PAPER, PAPER_CAPACITY, Setting
-from safr_fast.training.config import Variant
 
 _FFN1, _VMASK, _RANDOM = "capacity:ffn1_pre", "capacity:vmask", "random"
 _TERMS = ("importance", "interaction")
@@ -23,10 +22,13 @@ Results = Sequence[Mapping[str, Any]]
 """Of each run: ``protocol``, ``setting``, ``seed``, its ``evaluation``, and its ``gradients`` if recorded."""
 
 
-def summarise(target: Target, dataset: str, results: Results, variant: Variant = "released") -> dict[str, Any]:
+def summarise(
+    target: Target, dataset: str, results: Results, departures: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The table as plain values: for every row and measure ``[mean, half width of the 95 % interval, or null]``.
 
-    The paper's figures stand beside runs of the variant ``released``, whose terms its weights belong to.
+    The paper's figures stand beside the runs that were trained as its own: by the protocol ``released``, and with no
+    ``departures``, which are options by name.
     """
     groups: dict[tuple[str, Setting], list[Mapping[str, Any]]] = {}
     for result in results:
@@ -34,7 +36,8 @@ def summarise(target: Target, dataset: str, results: Results, variant: Variant =
     rows = []
     for (protocol, setting), runs in groups.items():
         evaluations = [run["evaluation"] for run in runs]
-        figures = PAPER.get((dataset, setting)) if variant == "released" else None
+        as_its_own = protocol == "released" and not departures
+        figures = PAPER.get((dataset, setting)) if as_its_own else None
         rows.append(
             {
                 "protocol": protocol,
@@ -46,8 +49,15 @@ def summarise(target: Target, dataset: str, results: Results, variant: Variant =
                 "paper_capacity": PAPER_CAPACITY.get((dataset, setting)) if figures and target == "table3" else None,
             }
         )
-    texts = sorted({result["evaluation"]["texts"] for result in results})
-    return {"target": target, "dataset": dataset, "texts": texts, "rows": rows}
+    counts = sorted({(result["evaluation"]["texts"], result["evaluation"]["one_word_texts"]) for result in results})
+    return {
+        "target": target,
+        "dataset": dataset,
+        "trained_with": dict(departures or {}),
+        "texts": [texts for texts, _ in counts],
+        "one_word_texts": [one_word for _, one_word in counts],
+        "rows": rows,
+    }
 
 
 def _values(target: Target, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,11 +101,13 @@ def _over(values: Iterable[float]) -> list[float | None]:
 def markdown(summary: Mapping[str, Any]) -> str:
     """A summary for its reader."""
     target, rows = summary["target"], summary["rows"]
-    texts = " or ".join(f"{count:,}" for count in summary["texts"])
+    counts = zip(summary["texts"], summary["one_word_texts"], strict=True)
+    texts = " or ".join(f"{texts:,} test texts ({one_word:,} of one word, which keep it)" for texts, one_word in counts)
+    trained_with = ", ".join(f"{name} {value}" for name, value in summary["trained_with"].items())
     head = [
-        f"# {_TITLES[target]} ({summary['dataset']})",
+        f"# {_TITLES[target]} ({summary['dataset']}{'; ' if trained_with else ''}{trained_with})",
         "",
-        f"{texts} test texts. Mean over seeds ± half the width of Student's 95 % interval of it; none from one seed.",
+        f"{texts}. Mean over seeds ± half the width of Student's 95 % interval of it; none from one seed.",
     ]
     body = {"table3": _table3, "figure3": _figure3}.get(target, _table2)(rows)
     return "\n".join([*head, "", *body]) + "\n"

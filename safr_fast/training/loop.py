@@ -21,6 +21,7 @@ from safr_fast.training import report as lines
 from safr_fast.training.agreement import Agreement
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
+from safr_fast.training.lock import locked
 from safr_fast.training.measure import (
     Means,
     Sum,
@@ -140,6 +141,15 @@ class _Run:
         self.progress = Progress(processes=team.count)
 
     def go(self, resume: bool) -> TrainResult:
+        if self.team.first:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder.path) if self.team.first else nullcontext():
+            self._begin(resume)
+            while self._goes_on():
+                self._epoch(self.progress.epoch + 1)
+            return self._finish()
+
+    def _begin(self, resume: bool) -> None:
         self.folder.check_vocabulary(self.vocabulary)
         stored = self.folder.load_state()
         if stored is not None:
@@ -167,9 +177,6 @@ class _Run:
         if self.progress.step:
             begun = f" and {self.progress.begun.steps} steps" if self.progress.begun.steps else ""
             self.report(f"going on after epoch {self.progress.epoch}{begun}")
-        while self._goes_on():
-            self._epoch(self.progress.epoch + 1)
-        return self._finish()
 
     def _goes_on(self) -> bool:
         progress = self.progress

@@ -87,17 +87,13 @@ class RunFolder:
             raise RunError(f"the data are not those that {self.path} began with: their vocabulary differs")
 
     def open(self, config: TrainConfig, vocabulary: Vocabulary, *, resume: bool) -> None:
-        """Make the folder, with configuration and vocabulary.
+        """Put configuration and vocabulary into the folder, which is there and locked.
 
         Raises:
-            RunError: of two runs that began with the same folder while neither had made it, the second.
+            RunError: another process has been here since :func:`place`.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            try:
-                self.config_file.touch(exist_ok=False)
-            except FileExistsError:
-                raise RunError(_taken(self.path)) from None
+        if self.summary_file.exists() or (not resume and self.config_file.exists()):
+            raise RunError(_taken(self.path))
         self._clear()
         write_json(self.config_file, config.to_json())
         write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
@@ -160,7 +156,8 @@ class RunFolder:
 
     def load_model(self) -> dict[str, Tensor]:
         if not self.model_file.exists():
-            raise RunError(f"{self.path} holds no {self.model_file.name}: the run has not finished an epoch")
+            why = "it was removed" if self.summary_file.exists() else "the run has not finished an epoch"
+            raise RunError(f"{self.path} holds no {self.model_file.name}: {why}")
         with _undamaged(self.model_file):
             return load_file(self.model_file)
 
@@ -179,7 +176,7 @@ class RunFolder:
 
 
 # Where a run computes, not what: another machine may go on with it.
-_WHERE = ("data_dir", "device", "threads")
+WHERE = ("data_dir", "device", "threads")
 
 
 def place(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder]:
@@ -210,17 +207,23 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
         raise RunError(f"--resume needs --out, the folder of the run to go on with{hint}")
     folder = RunFolder(config.out)
     stored = dataclasses.replace(folder.stored_config(), out=config.out)
-    moved = {name: getattr(config, name) for name in _WHERE if getattr(config, name) != getattr(TrainConfig(), name)}
+    moved = {name: getattr(config, name) for name in WHERE if getattr(config, name) != getattr(TrainConfig(), name)}
     stored = dataclasses.replace(stored, **moved)
-    given, begun_with, defaults = (_flat(values) for values in (config, stored, TrainConfig()))
-    differing = [name for name, value in given.items() if value not in (defaults[name], begun_with[name])]
-    if differing:
-        changes = ", ".join(f"{name} {begun_with[name]} (now {given[name]})" for name in differing)
+    defaults = flat(TrainConfig())
+    changes = changed(stored, config, lambda name, value: value == defaults[name])
+    if changes:
         raise RunError(f"{folder.path} began with {changes}: resume without these options, or start anew by --out")
     return stored, folder
 
 
-def _flat(config: TrainConfig) -> dict[str, Any]:
+def changed(stored: TrainConfig, now: TrainConfig, pardoned: Callable[[str, Any], bool]) -> str:
+    """The options in which they differ, as a sentence's part; ``pardoned(name, value now)`` leaves one out."""
+    before, after = flat(stored), flat(now)
+    differing = [name for name, value in after.items() if value != before[name] and not pardoned(name, value)]
+    return ", ".join(f"{name} {before[name]} (now {after[name]})" for name in differing)
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
     values = config.to_json()
     sizes = values.pop("model")
     return values | {f"model.{name}": value for name, value in sizes.items()}
