@@ -123,7 +123,8 @@ void quadratic_form(const Tokens& t, float* s, int64_t stride, const float* squa
   }
   add_part(s);
 
-  const int64_t rows_at_once = t.rows_at_once(1 << 20), buffer_stride = row_stride(p, t.width);
+  const int64_t rows_at_once = even_share(t.crew, t.count, t.rows_at_once(1 << 20), p.mr);
+  const int64_t buffer_stride = row_stride(p, t.width);
   t.crew.each(divide_up(t.count, rows_at_once), [&](int64_t index) {
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);
@@ -146,16 +147,18 @@ void quadratic_form(const Tokens& t, float* s, int64_t stride, const float* squa
 }
 
 // Tokens whose R the feature path cannot tell from rounding: R is a difference of numbers the size of n2², of
-// n2 · tr(S) / width and, where few directions carry S, of n2 · ‖S‖, in single precision.
+// n2 · tr(S) / width and, where few directions carry S, of n2 · ‖S‖, in single precision. The last errs less the more
+// terms of either sign it has. One whose R is not finite may have overflown on the way.
 std::vector<int32_t> flagged(const Tokens& t, const float* energy, const float* squared_norm, double moment_norm) {
   const double least = t.product.right_bytes == 2 ? 5e-2 : 1e-2;
   double trace = 0;
   for (int64_t i = 0; i < t.count; ++i) trace += squared_norm[i];
-  const double floor = std::max(trace / double(t.width), 0.1 * moment_norm);
+  const double floor = std::max(trace / double(t.width), std::max(0.1, 16.0 / double(t.width)) * moment_norm);
   std::vector<int32_t> some;
   for (int64_t i = 0; i < t.count; ++i) {
     const double n2 = squared_norm[i];
-    if (energy[i] < least * n2 * std::max(n2, floor)) some.push_back(int32_t(i));
+    const bool overflown = !std::isfinite(energy[i]) && std::isfinite(n2);
+    if (overflown || energy[i] < least * n2 * std::max(n2, floor)) some.push_back(int32_t(i));
   }
   return some;
 }
@@ -242,7 +245,7 @@ void feature_gradient(const Tokens& t, const float* s, const float* energy, cons
   float* pair_alpha = workspace.take<float>(n);
   for (int64_t i = 0; i < n; ++i) pair_alpha[i] = alpha[some[i]];
 
-  const int64_t rows_at_once = t.rows_at_once(1 << 19);
+  const int64_t rows_at_once = even_share(t.crew, t.count, t.rows_at_once(1 << 19), p.mr);
   t.crew.each(divide_up(t.count, rows_at_once), [&](int64_t index) {
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);

@@ -45,6 +45,12 @@ inline Range block(int64_t index, int64_t side, int64_t total) {
   return {index * side, std::min((index + 1) * side, total)};
 }
 
+// Lines of a task, at most `most`, such that all threads of a crew get as many; whole `unit`s, as `most` is.
+inline int64_t even_share(const Crew& crew, int64_t lines, int64_t most, int64_t unit) {
+  const int64_t tasks = round_up(divide_up(lines, most), crew.threads());
+  return round_up(divide_up(lines, tasks), unit);
+}
+
 enum class Side { left, right };
 
 // One operand of a product, packed. Its lines are the rows of a left operand, the columns of a right one. For each

@@ -101,6 +101,7 @@ class Crew {
  public:
   Crew(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
 
+  int threads() const { return threads_; }
   bool shared() const { return threads_ > 1; }
 
   // As parallel_for. Alone, the tasks run in order within the region that the caller is in.

@@ -62,10 +62,11 @@ void stored_gradient(const Tokens& t, const float* alpha, const float* beta, con
     left.pack(matrix, is.begin, is, {0, t.count});
   });
   const bool in_place = gradient.row(0) && t.width % p.nr == 0;
-  t.crew.each(divide_up(t.width, side), [&](int64_t index) {
+  const int64_t strip = even_share(t.crew, t.width, side, p.nr);
+  t.crew.each(divide_up(t.width, strip), [&](int64_t index) {
     Workspace& own = Workspace::own();
     const Workspace::Mark own_mark(own);
-    const Range cols = block(index, side, t.width);
+    const Range cols = block(index, strip, t.width);
     const Operand right(p, Side::right, own, cols.size(), t.count);
     right.pack(t.h, cols.begin, cols.size());
     float* product = own.take<float>(buffer_size(p, side, side));

@@ -9,7 +9,8 @@ start and the last one ends; a bare ``(N, E)`` is one sequence. Padding may hold
 =============  ======================================  ===========================================================
 ``impl``       serves                                  notes
 =============  ======================================  ===========================================================
-"auto"         everything                              "cpp" on the CPU, "triton" on CUDA, else "reference"
+"auto"         everything                              "cpp" on the CPU, "triton" on CUDA, else "reference",
+                                                       so too for forward-mode derivatives and torch.func
 "reference"    any device, any floating dtype          plain PyTorch, stores T×T tensors, twice differentiable
 "cpp"          CPU; float32, bfloat16, float16         no T×T tensors, differentiates once
 "triton"       CUDA; float32, bfloat16, float16        the same
@@ -17,7 +18,8 @@ start and the last one ends; a bare ``(N, E)`` is one sequence. Padding may hold
 
 float32 products are as accurate as :func:`torch.set_float32_matmul_precision` asks. Under autocast ``h``, ``q`` and
 ``k`` are cast as for a matrix product; stored attention weights are not, since the losses turn on how far a weight is
-from 1, which 16 bits cannot say. Losses are float32 (float64 for float64 input).
+from 1, which 16 bits cannot say. Losses are float32 (float64 for float64 input). Where all tokens of a sample have
+norms below 1e-8, squared products leave float32's normal range and count as 0 on the CPU.
 
 Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """
@@ -233,7 +235,7 @@ def importance_loss(
     arguments.check_hidden(h, mask, cu_seqlens)
     arguments.check_group(group, cu_seqlens)
     h = _autocast(h)
-    fused = dispatch.resolve(impl, h.device.type, h.dtype) == "triton"
+    fused = dispatch.choose(impl, h) == "triton"
     if fused and group is None and reduction != "none":
         return importance_op.importance(h, mask, cu_seqlens, eps, reduction == "mean", "triton")
     energy, squared_norm = _row_energy(h, mask, cu_seqlens, group, impl)

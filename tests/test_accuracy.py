@@ -93,6 +93,34 @@ def test_measures_beside_massive_activations(
         assert_close_to_float64(lambda h: measure(h, impl=impl), plain_measure(measure), h)
 
 
+@every_backend(fused=True)
+@pytest.mark.parametrize(
+    ("tokens", "width", "big", "scale"), [(60, 16, 8, 1000.0), (60, 16, 1, 300.0), (200, 64, 8, 1000.0)]
+)
+def test_capacity_of_narrow_tokens_that_share_a_little_with_massive_ones(
+    backend: str, tokens: int, width: int, big: int, scale: float
+) -> None:
+    """The fewer features, the less of the moment's rounding cancels."""
+    direction = torch.nn.functional.normalize(normal(width, seed=1), dim=0)
+    h = normal(1, tokens, width, seed=2)
+    h -= (h @ direction)[..., None] * direction
+    h += 0.032 * h.norm(dim=-1, keepdim=True) * direction
+    h[0, :big] = scale * direction * (1 + 0.1 * normal(big, 1, seed=3))
+    h = h.to(device_of(backend))
+    with forced(backend) as impl:
+        assert_close_to_float64(lambda h: sf.capacity(h, impl=impl), plain_measure(sf.capacity), h)
+
+
+@every_backend(fused=True)
+def test_one_token_so_large_that_the_moment_overflows(backend: str) -> None:
+    direction = torch.nn.functional.normalize(normal(48, seed=1), dim=0)
+    h = normal(1, 300, 48, seed=2) + 8 * direction
+    h[0, 0] = 6e9 * direction
+    h = h.to(device_of(backend))
+    with forced(backend) as impl:
+        assert_close_to_float64(lambda h: sf.importance_loss(h, impl=impl), plain_measure(sf.importance_loss), h)
+
+
 def plain_measure(measure: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     def plain(h: Tensor) -> Tensor:
         energy, squared_norm = plain_row_energy(h)

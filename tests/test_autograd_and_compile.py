@@ -118,6 +118,51 @@ def test_second_derivative_raises_and_says_what_to_use(name: str, backend: str) 
             gradient.square().sum().backward()
 
 
+@every_backend(fused=True)
+@each_call
+def test_derivatives_that_only_the_reference_has_are_its_own_or_refused(name: str, backend: str) -> None:
+    inputs = CALLS[name].on(device_of(backend))
+    tangents = tuple(normal(*x.shape, seed=9).to(x.device) for x in inputs)
+
+    def total(impl: str) -> Callable[..., Tensor]:
+        def function(*x: Tensor) -> Tensor:
+            outputs = CALLS[name].function(*x, impl=impl)
+            return outputs.sum() if isinstance(outputs, Tensor) else outputs[0].sum()
+
+        return function
+
+    with forced(backend) as impl:
+        with pytest.raises(sf.BackendUnavailable, match=r'forward-mode derivatives .* need impl="reference"'):
+            torch.func.jvp(total(impl), inputs, tangents)
+        with pytest.warns(UserWarning, match='safr_fast uses impl="reference"'):
+            _, derivative = torch.func.jvp(total("auto"), inputs, tangents)
+    leaves = [x.requires_grad_() for x in inputs]
+    gradients = torch.autograd.grad(total("reference")(*leaves), leaves)
+    expected = sum((gradient * tangent).sum().item() for gradient, tangent in zip(gradients, tangents, strict=True))
+    assert derivative.item() == pytest.approx(expected, rel=1e-4)
+
+
+@every_backend(fused=True)
+def test_gradients_through_vmap_are_the_references_or_refused(backend: str) -> None:
+    h = normal(3, TOKENS, 16, device=device_of(backend)).requires_grad_()
+    with forced(backend) as impl:
+        with pytest.raises(sf.BackendUnavailable, match=r'torch.func transforms of a gradient need impl="reference"'):
+            torch.vmap(lambda x: sf.importance_loss(x, impl=impl))(h)
+        with pytest.warns(UserWarning, match='safr_fast uses impl="reference"'):
+            losses = torch.vmap(sf.importance_loss)(h)
+        with pytest.warns(UserWarning, match='safr_fast uses impl="reference"'):
+            each = torch.vmap(torch.func.grad(sf.importance_loss))(h.detach())
+        (gradient,) = torch.autograd.grad(losses.sum(), h)
+        with torch.no_grad():  # what takes no gradient is served
+            plain = torch.vmap(lambda x: sf.importance_loss(x, impl=impl))(h)
+    expected_losses = torch.stack([sf.importance_loss(x, impl="reference") for x in h])
+    (expected,) = torch.autograd.grad(expected_losses.sum(), h)
+    for result in (gradient, each):
+        assert relative_error(result, expected) < 1e-5
+    for result in (losses, plain):
+        assert relative_error(result, expected_losses) < 1e-5
+
+
 @every_backend()
 @each_call
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -4,8 +4,8 @@ import mmap
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,19 +130,12 @@ def test_the_number_of_threads_changes_no_bit(case: str) -> None:
 def test_python_threads_do_not_disturb_each_other(two_threads: None) -> None:
     inputs = [normal(2, 50 + 37 * i, 32, seed=i) for i in range(6)]
     expected = [importance(h) for h in inputs]
-    failures = []
 
-    def work(index: int) -> None:
-        for _ in range(5):
-            if not all(map(torch.equal, importance(inputs[index]), expected[index])):
-                failures.append(index)
+    def work(index: int) -> bool:
+        return all(all(map(torch.equal, importance(inputs[index]), expected[index])) for _ in range(5))
 
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        assert all(pool.map(work, range(len(inputs))))
 
 
 @every_level

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from safr_fast.errors import BackendUnavailable
 
@@ -60,6 +62,43 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 
 
+def choose(impl: str, *inputs: Tensor) -> str:
+    """:func:`resolve` for these tensors, which are of one device and dtype, and for how they are differentiated.
+
+    Raises:
+        ValueError, BackendUnavailable: as :func:`resolve`; also where ``impl`` was named and only the reference has the
+            derivatives that are taken.
+    """
+    chosen = resolve(impl, inputs[0].device.type, inputs[0].dtype)
+    if chosen == "reference" or torch.compiler.is_compiling() or not any(map(_transformed, inputs)):
+        return chosen
+    obstacle = 'forward-mode derivatives and torch.func transforms of a gradient need impl="reference"'
+    if impl != "auto":
+        raise BackendUnavailable(f'impl="{impl}" cannot serve: {obstacle}')
+    _warn_of_reference(chosen, obstacle)
+    return "reference"
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether derivatives by ``x`` are taken in a way that an autograd Function does not see."""
+    functorch = torch._C._functorch
+    wrapped = functorch.is_functorch_wrapped_tensor(x)
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    batched = wrapped and torch.is_grad_enabled() and x.requires_grad
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    return batched or dual
+
+
+def _warn_of_reference(fused: str, obstacle: str) -> None:
+    warnings.warn(
+        f'safr_fast uses impl="reference", which stores T×T tensors, since "{fused}" cannot serve: {obstacle}',
+        stacklevel=3,
+    )
+
+
 def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     """The back end that serves: ``impl`` itself, or the fastest that can where it is ``"auto"``.
 
@@ -90,8 +129,5 @@ def _resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
     obstacle = _obstacle(fused, device_type, dtype)
     if obstacle is None:
         return fused
-    warnings.warn(
-        f'safr_fast uses impl="reference", which stores T×T tensors, since "{fused}" cannot serve: {obstacle}',
-        stacklevel=2,
-    )
+    _warn_of_reference(fused, obstacle)
     return "reference"

@@ -155,7 +155,7 @@ def interaction(
     workspace_bytes: int | None,
 ) -> Tensor:
     """``(B, H)`` pair sums of a checked ``attention`` ``(B, H, T, T)``."""
-    chosen = dispatch.resolve(impl, attention.device.type, attention.dtype)
+    chosen = dispatch.choose(impl, attention)
     if chosen == "reference":
         return reference.interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
     if torch.is_grad_enabled() and attention.requires_grad:
@@ -177,7 +177,7 @@ def interaction_from_qk(
     workspace_bytes: int | None,
 ) -> Tensor:
     """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
-    chosen = dispatch.resolve(impl, q.device.type, q.dtype)
+    chosen = dispatch.choose(impl, q, k)
     if chosen == "reference":
         arguments.check_offsets(cu_seqlens, q.shape[0])
         return reference.interaction_total_from_qk(
