@@ -23,8 +23,9 @@ def rms_eigenvalue(moment_norm, E):
 
 @triton.jit
 def cancels(energy, norm, real, guard, floor):
-    """Which tokens' moment form lost too many digits; ``floor`` is its ``rms_eigenvalue``."""
-    return real & (energy < guard * norm * tl.maximum(norm, floor))
+    """Which tokens' moment form lost too many digits, or overflowed; ``floor`` is its ``rms_eigenvalue``."""
+    overflown = (norm < float("inf")) & ~(energy < float("inf"))  # NaN: infinity less infinity
+    return real & ((energy < guard * norm * tl.maximum(norm, floor)) | overflown)
 
 
 @triton.jit
