@@ -189,7 +189,7 @@ def main() -> None:
     (options.output / f"{name}.md").write_text(table(session))
     print(table(session))
     failed = any(part.get("rc") not in (0, None) for part in (tests, sanitizer))
-    if failed or any(row.get("why") == "wrong" for row in session["cases"]):
+    if failed or any(row["provider"].startswith("ours") and row.get("why") == "wrong" for row in session["cases"]):
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ WIDEST_UNALIGNED_ROW = 128
 CACHED_BYTES = 48 << 20  # what about stays in the L2 cache of a large GPU
 WORKSPACE_BYTES = 256 << 20
 PROGRAMS = 256  # fill a large GPU twice; a constant, so that the order of sums does not depend on the device
+GRID_LIMIT = 65_535  # programs of a grid's second and third dimension
 FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 LONG = 192  # tokens beyond which larger tiles, read less often, gain more than a last one that is part empty costs
 ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
@@ -247,7 +248,7 @@ def heads_of_a_chunk(heads: int, head_bytes: int, workspace_bytes: int | None = 
     """How many heads share the interaction's workspace: as many as fit it, in chunks as equal as can be."""
     if workspace_bytes is None:
         workspace_bytes = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes))
-    chunks = -(-heads // max(workspace_bytes // head_bytes, 1))
+    chunks = -(-heads // min(max(workspace_bytes // head_bytes, 1), GRID_LIMIT))
     return -(-heads // chunks)
 
 

@@ -127,7 +127,7 @@ def interaction_from_qk(
         if cu_seqlens is None:
             return tuned(lambda: interaction_launch.from_qk(q, k, mask, *form), q, q.shape[2])
         launch = interaction_packed_launch.from_qk
-        return tuned(lambda: launch(q, k, cu_seqlens, *form), q, _tokens(q.flatten(1), cu_seqlens))
+        return tuned(lambda: launch(q, k, cu_seqlens, *form), q, _tokens(q, cu_seqlens))
 
 
 def _tokens(h: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -24,7 +24,7 @@ from .tensors import as_bytes, readable, spans
 
 NEVER = 2**31 - 1
 PARTIAL_BYTES = 64 << 20
-WEIGHT_BYTES = 256 << 20  # or one sample's
+WEIGHT_BYTES = 256 << 20
 MANY_OPERATIONS = 1 << 33  # to save, so that a second launch is worth it
 TOTAL_BLOCK = 1024
 
@@ -56,10 +56,12 @@ class Batch:
 
     def halves_gram(self, config: configs.Config, times: int = 1) -> bool:
         """Whether to make half of the Gram matrix, in a launch more: tiles have mirror images that a launch can count,
-        and enough operations are saved. Rows that a program can keep whole take kernels of their own."""
+        and enough operations are saved. Rows that a program can keep whole take kernels of their own. Beside long
+        sequences the short ones are made so, in matrices as large as those: hence only up to a length."""
         square = config.rows == config.columns and not self.packed
-        operations = times * 2 * self.S * self.T**2 * self.E
-        return square and operations >= MANY_OPERATIONS and not configs.keeps_rows(self.bits, self.E)
+        operations = times * 2 * self.S * min(self.T, self.threshold) ** 2 * self.E
+        bounded = 4 * (self.T + config.rows) ** 2 <= WEIGHT_BYTES
+        return square and bounded and operations >= MANY_OPERATIONS and not configs.keeps_rows(self.bits, self.E)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -286,7 +288,7 @@ def _launch_weights(batch: Batch, gradients: Gradients, grad_h: Tensor) -> None:
     tiles = triton.cdiv(batch.T, gram.rows)
     pitch = tiles * gram.rows
     dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else torch.float32
-    samples = min(batch.S, max(1, WEIGHT_BYTES // (pitch**2 * dtype.itemsize)))
+    samples = min(batch.S, WEIGHT_BYTES // (pitch**2 * dtype.itemsize))
     weights = h.new_empty(samples, pitch, pitch, dtype=dtype)
     for sample0 in range(0, batch.S, samples):
         count = min(samples, batch.S - sample0)

@@ -23,9 +23,8 @@ def rms_eigenvalue(moment_norm, E):
 
 @triton.jit
 def cancels(energy, norm, real, guard, floor):
-    """Which tokens' moment form lost too many digits, or overflowed; ``floor`` is its ``rms_eigenvalue``."""
-    overflown = (norm < float("inf")) & ~(energy < float("inf"))  # NaN: infinity less infinity
-    return real & ((energy < guard * norm * tl.maximum(norm, floor)) | overflown)
+    """Which tokens' moment form lost too many digits; ``floor`` is its ``rms_eigenvalue``."""
+    return real & (energy < guard * norm * tl.maximum(norm, floor))
 
 
 @triton.jit
@@ -49,8 +48,9 @@ def repaired(
     energy, norm, h_ptr, mask_ptr, row, begin, stop, i0, real, E, stride_ht, guard, floor,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``R_i`` of a tile, anew where it cancelled."""
-    direct = cancels(energy, norm, real, guard, floor)
+    """``R_i`` of a tile, anew where it cancelled or overflowed."""
+    overflown = real & (norm < float("inf")) & ~(energy < float("inf"))  # NaN: infinity less infinity
+    direct = cancels(energy, norm, real, guard, floor) | overflown
     stop = tl.where(tl.max(direct.to(tl.int32), 0) != 0, stop, 0)
     made = energy_of(h_ptr, mask_ptr, row, begin, stop, i0, direct, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
     return tl.where(direct, made, energy)

@@ -19,6 +19,11 @@ def describe(value: object) -> str:
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested or sparse one: of a jagged one pass values(), "
+            "and cu_seqlens=offsets().int()"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
 

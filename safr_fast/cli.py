@@ -145,7 +145,8 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         Args:
             run: Folder of a run of safr-fast train.
-            text: Texts to look into; by default one of each class from the test split.
+            text: Texts to look into, split at spaces and written as the data set writes them (SST-2: lower case,
+                punctuation apart); by default one of each class from the test split.
             data_dir: Folder with the data set's files, if it is no longer where the run was trained from.
         """
         return partial(_report, run, text, data_dir)
@@ -159,7 +160,6 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         prog="safr-fast",
         description="Exact, cheap SAFR regularisers for PyTorch transformers.",
         args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
@@ -192,7 +192,11 @@ def _train(config: "TrainConfig", resume: bool) -> None:
 def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None, device: str) -> None:
     from safr_fast.evaluation.run import FILE, evaluate_run
     from safr_fast.evaluation.table import table
+    from safr_fast.training.run import RunFolder
 
+    stored = RunFolder(run).load_result(FILE)
+    if stored is not None and stored["config"] != config.to_json():
+        print(f"replacing {run / FILE}, which was made with {config.differs(stored['config'])}")
     print(table(evaluate_run(run, config, data_dir=data_dir, device=device)))
     print(f"\nwritten: {run / FILE}")
 

@@ -63,7 +63,7 @@ def _tokens(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor
     """How many tokens are real."""
     if mask is not None:
         return mask.sum()
-    return h.shape[:-1].numel() if cu_seqlens is None else cu_seqlens[-1]
+    return math.prod(h.shape[:-1]) if cu_seqlens is None else cu_seqlens[-1]
 
 
 def row_energy(
@@ -268,8 +268,11 @@ def interaction_loss(
     of queries and keys at hand, :func:`interaction_loss_from_qk` never stores them.
 
     Args:
-        attention: ``(B, H, T, T)`` weights, row *i* what query *i* pays to each key.
-        mask: bool ``(B, T)``, true where a token is real.
+        attention: ``(B, H, T, T)`` weights, row *i* what query *i* pays to each key, before dropout: a row that does
+            not sum to 1 may have an overlap above 1, and the loss falls below 0. :class:`torch.nn.MultiheadAttention`
+            returns them after it; go by its queries and keys then.
+        mask: bool ``(B, T)``, true where a token is real. Weights of other keys are left out, and what remains of a row
+            is taken as it is.
         squared: φ(x) = x² as in the paper, else φ(x) = x as in the released code.
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.

@@ -1,7 +1,8 @@
 """The drop-in: a task loss plus SAFR's two regularisers."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ class SAFRLoss(nn.Module):
     Under FSDP, pass what the model's ``forward`` returned: a tensor stashed on a module misses FSDP's hooks.
 
     Args:
-        lambda_importance: weight of the importance term; at 0 it is not computed.
+        lambda_importance: weight of the importance term; at 0 it is not computed. Both may be set anew at any step.
         lambda_interaction: weight of the interaction term; at 0 it is not computed.
         variant: ``"paper"`` or ``"released"``, as above.
-        criterion: the task loss, ``criterion(logits, target)``; cross-entropy if None.
+        criterion: the task loss, ``criterion(logits, target)``, a scalar; cross-entropy if None.
         is_causal: for ``qk``: the model attends to earlier tokens only.
         scale: for ``qk``: of the scores; ``1/√D`` if None.
         impl: back end, see :mod:`safr_fast.functional`.
@@ -76,14 +77,16 @@ class SAFRLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        arguments.check_number("lambda_importance", lambda_importance, least=0)
-        arguments.check_number("lambda_interaction", lambda_interaction, least=0)
         arguments.check_flag("is_causal", is_causal)
         if scale is not None:
             arguments.check_number("scale", scale)
         check_impl(impl)
         if variant not in ("paper", "released"):
             raise ValueError(f'variant must be "paper" or "released", got {variant!r}')
+        if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
+            raise TypeError(
+                f"criterion must be a module or function of (logits, target), got {arguments.describe(criterion)}"
+            )
         self.lambda_importance = lambda_importance
         self.lambda_interaction = lambda_interaction
         self.variant = variant
@@ -91,6 +94,24 @@ class SAFRLoss(nn.Module):
         self.is_causal = is_causal
         self.scale = scale
         self.impl: Impl = impl
+
+    @property
+    def lambda_importance(self) -> float:
+        return self._lambda_importance
+
+    @lambda_importance.setter
+    def lambda_importance(self, value: float) -> None:
+        arguments.check_number("lambda_importance", value, least=0)
+        self._lambda_importance = value
+
+    @property
+    def lambda_interaction(self) -> float:
+        return self._lambda_interaction
+
+    @lambda_interaction.setter
+    def lambda_interaction(self, value: float) -> None:
+        arguments.check_number("lambda_interaction", value, least=0)
+        self._lambda_interaction = value
 
     def extra_repr(self) -> str:
         return (
@@ -105,7 +126,7 @@ class SAFRLoss(nn.Module):
         *,
         hidden: Tensor | Sequence[Tensor] | None = None,
         attention: Tensor | Sequence[Tensor] | None = None,
-        qk: Pair | Sequence[Pair] | None = None,
+        qk: Pair | list[Pair] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_parts: bool = False,
@@ -116,17 +137,20 @@ class SAFRLoss(nn.Module):
             target: what it takes second.
             hidden: ``(..., T, E)`` representations for the importance term, weighted by VMASK's gate; or packed
                 ``(N, E)``; or several.
-            attention: ``(B, H, T, T)`` weights for the interaction term; or several. Excludes ``qk``.
-            qk: ``(q, k)``, each ``(B, H, T, D)`` or packed ``(N, H, D)``, for the same without stored weights; or
-                several pairs.
-            mask: bool ``(B, T)``, true where a token is real.
+            attention: ``(B, H, T, T)`` weights for the interaction term, before dropout; or several. Excludes ``qk``.
+            qk: ``(q, k)``, each ``(B, H, T, D)`` or packed ``(N, H, D)``, for the same without stored weights; or a
+                list of such pairs, one for each layer.
+            mask: bool ``(B, T)``, true where a token is real: the opposite of PyTorch's ``key_padding_mask``.
             cu_seqlens: int32 ``(S + 1,)`` offsets of packed samples; excludes ``mask`` and ``attention``.
             return_parts: give :class:`LossParts` instead of the total.
 
         Raises:
-            ValueError: a term with a positive weight lacks its input, or has two; ``attention`` with ``cu_seqlens``.
+            ValueError: a term with a positive weight lacks its input, or has two; ``attention`` with ``cu_seqlens``;
+                the terms' inputs are not of the same tokens; the task loss is no scalar.
         """
-        task = self.criterion(logits, target)
+        task: Tensor = self.criterion(logits, target)
+        if not isinstance(task, Tensor) or task.dim() > 0:
+            raise ValueError(f"criterion must give a scalar tensor, got {arguments.describe(task)}")
         total = task
         importance = interaction = None
         if self.lambda_importance > 0:
@@ -135,6 +159,8 @@ class SAFRLoss(nn.Module):
         if self.lambda_interaction > 0:
             interaction = self._interaction(attention, qk, mask, cu_seqlens)
             total = total + self.lambda_interaction * interaction
+        if importance is not None and interaction is not None:
+            _check_same_tokens(hidden, attention, qk, packed=cu_seqlens is not None)
         return LossParts(total, task, importance, interaction) if return_parts else total
 
     def _importance(
@@ -142,16 +168,16 @@ class SAFRLoss(nn.Module):
     ) -> Tensor:
         if hidden is None:
             raise ValueError("hidden must be given for the importance term; or set lambda_importance=0")
-        layers = [hidden] if isinstance(hidden, Tensor) else _layers("hidden", hidden)
+        layers = _layers("hidden", hidden)
         eps = 1e-5 if self.variant == "released" else 0.0
         form: dict[str, Any] = {"eps": eps, "reduction": self._reduction, "impl": self.impl}
         terms = [functional.importance_loss(h, mask, cu_seqlens=cu_seqlens, **form) for h in layers]
-        return self._pool("hidden", terms, [_samples(h.shape[:-2].numel(), cu_seqlens) for h in layers])
+        return self._pool("hidden", terms, [_samples(math.prod(h.shape[:-2]), cu_seqlens) for h in layers])
 
     def _interaction(
         self,
         attention: Tensor | Sequence[Tensor] | None,
-        qk: Pair | Sequence[Pair] | None,
+        qk: Pair | list[Pair] | None,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Tensor:
@@ -165,7 +191,7 @@ class SAFRLoss(nn.Module):
         if attention is not None and qk is None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens goes with qk: stored attention is padded (B, H, T, T), pass mask with it")
-            layers = [attention] if isinstance(attention, Tensor) else _layers("attention", attention)
+            layers = _layers("attention", attention)
             terms = [functional.interaction_loss(weights, mask, **form) for weights in layers]
             return self._pool("attention", terms, [weights.shape[0] for weights in layers])
         if qk is not None and attention is None:
@@ -195,19 +221,35 @@ def _samples(padded: int, cu_seqlens: Tensor | None) -> int:
     return padded if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _layers(name: str, layers: Sequence[Tensor]) -> Sequence[Tensor]:
+def _layers(name: str, layers: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    if isinstance(layers, Tensor):
+        return [layers]
     if not isinstance(layers, list | tuple) or not all(isinstance(layer, Tensor) for layer in layers):
         raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {_kinds(layers)}")
     return layers
 
 
-def _pairs(qk: Pair | Sequence[Pair]) -> Sequence[Pair]:
+def _pairs(qk: Pair | list[Pair]) -> list[Pair]:
+    """A tuple is one pair: of two layers, all queries and all keys in a tuple each would look like two pairs."""
     pairs = [qk] if isinstance(qk, list | tuple) and len(qk) > 0 and isinstance(qk[0], Tensor) else qk
-    if not isinstance(pairs, list | tuple) or not all(
+    if not isinstance(pairs, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair) for pair in pairs
     ):
-        raise TypeError(f"qk must be (q, k), two tensors, or a list or tuple of such pairs, got {_kinds(qk)}")
-    return cast("Sequence[Pair]", pairs)
+        raise TypeError(f"qk must be (q, k), two tensors, or of several layers a list [(q, k), ...], got {_kinds(qk)}")
+    return pairs
+
+
+def _check_same_tokens(hidden: Any, attention: Any, qk: Any, *, packed: bool) -> None:
+    """Without a mask nothing else tells ``(T, B, E)`` from ``(B, T, E)``."""
+    grids = {tuple(h.shape[:-1]): f"hidden {tuple(h.shape)}" for h in _layers("hidden", hidden)}
+    if attention is not None:
+        grids |= {(a.shape[0], a.shape[-1]): f"attention {tuple(a.shape)}" for a in _layers("attention", attention)}
+    else:
+        for q, _ in _pairs(qk):
+            grids[(q.shape[0],) if packed else (q.shape[0], q.shape[2])] = f"q {tuple(q.shape)}"
+    if len(grids) > 1:
+        form = "(N, E) and (N, H, D)" if packed else "(B, T, E), (B, H, T, T) and (B, H, T, D)"
+        raise ValueError(f"hidden, attention and q must be of the same tokens, {form}, got {', '.join(grids.values())}")
 
 
 def _kinds(value: object) -> str:

@@ -180,6 +180,21 @@ def test_compiles_whole_forward_and_backward(name: str, backend: str, dynamic: b
 
 
 @every_backend()
+def test_exports_for_any_batch_and_length(backend: str) -> None:
+    class Measures(torch.nn.Module):
+        def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+            return sf.capacity(h, impl=impl), sf.importance_loss(h, impl=impl)
+
+    h = normal(4, TOKENS, 16, device=device_of(backend))
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=4096)}
+    with forced(backend) as impl:
+        program = torch.export.export(Measures(), (h,), dynamic_shapes=(sizes,)).module()
+        other = normal(2, TOKENS + 9, 16, device=device_of(backend))
+        for result, expected in zip(program(other), Measures()(other), strict=True):
+            assert relative_error(result, expected) < 1e-6
+
+
+@every_backend()
 def test_compiles_with_the_default_compiler(backend: str) -> None:
     (h,), (q, k) = (CALLS[name].on(device_of(backend)) for name in ("importance_loss", "interaction_loss_from_qk"))
     logits, target = normal(2, 2, device=h.device.type), torch.tensor([0, 1], device=h.device)

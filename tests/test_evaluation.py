@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,30 @@ def test_measures_agree_with_a_slow_implementation(data: st.DataObject, k: int) 
             "log_odds": math.log(float(after[y])) - math.log(float(before[y])),
         }
         assert {name: float(values[t]) for name, values in measured.items()} == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"texts": ["good film"]}, "texts must be sequences of words, got a string: pass text.split()"),
+        ({"labels": [1]}, "labels must be a tensor of shape (1,), one for each text, got list"),
+        ({"labels": torch.tensor([1, 0])}, "labels must be a tensor of shape (1,), one for each text, got (2,)"),
+        ({"scores": {"r": []}}, "scores['r'] must hold a row for each of 1 texts, got 0"),
+        ({"scores": {"r": [torch.zeros(3)]}}, "scores['r'][0] must score at most the text's 2 words, got 3"),
+        ({"scores": {"r": [torch.full((2,), math.nan)]}}, "scores['r'] must be numbers, got NaN"),
+        ({"predict": lambda texts: 5 * predict(texts)}, "predict must give class probabilities (3, classes)"),
+        ({"predict": lambda texts: predict(texts)[:, 1]}, "each row summing to 1, got shape (3,): of scores take"),
+    ],
+)
+def test_input_that_would_give_plausible_nonsense_is_named(changed: dict[str, Any], message: str) -> None:
+    arguments = {
+        "predict": predict,
+        "texts": [["good", "film"]],
+        "labels": torch.tensor([1]),
+        "scores": {"r": [torch.zeros(2)]},
+    }
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        measure(*(arguments | changed).values(), [30])
 
 
 def test_a_k_that_is_no_per_cent_is_named() -> None:

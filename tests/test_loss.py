@@ -215,10 +215,66 @@ def test_missing_input_says_what_to_pass() -> None:
         loss(logits, target, hidden=[], qk=(q, k))
 
 
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda h, q, k, a: {"hidden": h.transpose(0, 1), "qk": (q, k)}, r"hidden \(23, 3, 12\), q \(3, 4, 23, 8\)"),
+        (lambda h, q, k, a: {"hidden": h[:, 0], "qk": (q, k)}, r"hidden \(3, 12\), q"),
+        (lambda h, q, k, a: {"hidden": h, "qk": (q.mT, k.mT)}, r"q \(3, 4, 8, 23\)"),
+        (lambda h, q, k, a: {"hidden": [h, h[:2]], "qk": (q, k)}, r"hidden \(2, 23, 12\)"),
+        (lambda h, q, k, a: {"hidden": h, "attention": a[:, :, 1:, 1:]}, r"attention \(3, 4, 22, 22\)"),
+    ],
+    ids=["tokens first", "pooled", "heads inside", "two batches", "other tokens"],
+)
+def test_inputs_of_other_tokens_are_refused_without_a_mask_too(change: Any, got: str) -> None:
+    logits, target, h, q, k = batch()
+    inputs = change(h, q, k, (q @ k.mT).softmax(-1))
+    with pytest.raises(ValueError, match=rf"must be of the same tokens, \(B, T, E\).* got .*{got}"):
+        sf.SAFRLoss()(logits, target, **inputs)
+
+
+def test_queries_and_keys_of_two_layers_are_not_taken_for_pairs() -> None:
+    logits, target, h, q, k = batch()
+    with pytest.raises(TypeError, match=r"of several layers a list \[\(q, k\), ...\], got tuple of \(tuple"):
+        sf.SAFRLoss()(logits, target, hidden=h, qk=((q, q), (k, k)))
+
+
+def test_weights_may_be_set_anew_and_are_checked() -> None:
+    logits, target, h, *_ = batch()
+    loss = sf.SAFRLoss(1.0, 0.0)
+    loss.lambda_importance = 2.0
+    parts = loss(logits, target, hidden=h, return_parts=True)
+    assert torch.isclose(parts.total, parts.task + 2 * parts.importance)
+    for value in (float("nan"), -0.5):
+        with pytest.raises(ValueError, match="lambda_interaction must be a finite number, at least 0"):
+            loss.lambda_interaction = value
+    assert (loss.lambda_importance, loss.lambda_interaction) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize("criterion", ["ce", torch.nn.CrossEntropyLoss])
+def test_a_criterion_that_is_none_is_named(criterion: Any) -> None:
+    with pytest.raises(TypeError, match="criterion must be a module or function of"):
+        sf.SAFRLoss(criterion=criterion)
+
+
+def test_a_task_loss_of_each_sample_is_refused() -> None:
+    logits, target, h, q, k = batch()
+    loss = sf.SAFRLoss(criterion=torch.nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(ValueError, match=r"criterion must give a scalar tensor, got float32 \(3,\)"):
+        loss(logits, target, hidden=h, qk=(q, k))
+
+
+def test_a_jagged_tensor_says_what_to_pass_instead() -> None:
+    jagged = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(2, 4)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"h must be a dense tensor.* pass values\(\), and cu_seqlens"):
+        sf.importance_loss(jagged)
+    assert sf.importance_loss(jagged.values(), cu_seqlens=jagged.offsets().int()).isfinite()
+
+
 def test_the_readmes_example_runs() -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["loss"].isfinite()
-    assert names["hidden"].grad.abs().sum() > 0
+    assert all(names[name].grad.abs().sum() > 0 for name in ("hidden", "q", "k"))

@@ -124,6 +124,19 @@ def test_numbers_on_a_page_are_said_to_be_what_they_are(runs: dict[str, Path], t
     assert text.count("of every pair,") == text.count("of every pair, each once,") + 1 == 2
 
 
+def test_unknown_words_are_marked_and_counted(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "vmask"
+    shutil.copytree(runs["vmask"], run)
+    known = " ".join(load_run(run)[1].words[2:4])
+    report = report_run(run, [f"{known} zzz qqq", known])
+    source = report.page.read_text(encoding="utf-8")
+    assert source.count("<span class=unknown") == 2
+    assert "; 2 (dotted) are unknown to the model" in source
+    assert len(list(report.figures.glob("text2-*.svg"))) > 1
+    report_run(run, [known])
+    assert not list(report.figures.glob("text2-*.svg"))  # nothing of a page that is gone
+
+
 def test_the_curve_of_deletion_goes_from_left_to_right() -> None:
     by_k = {k: {"accuracy": [float(k) / 100, 0.0, 1.0]} for k in ("50", "10", "30")}
     figure = content.deletion({"accuracy": [0.9, 0.8, 1.0], "rankers": {"random": {"k": by_k}}})

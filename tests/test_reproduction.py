@@ -304,6 +304,8 @@ def test_the_commands_run_from_end_to_end(small: list[str], tmp_path: Path, caps
     assert "| masked | baseline | 1 |" in capsys.readouterr().out
     cli.main(["evaluate", str(out), "--k", "30", "--normalised", "2"])
     assert "average capacity" in capsys.readouterr().out
+    cli.main(["evaluate", str(out), "--k", "30", "--normalised", "0"])
+    assert "evaluation.json, which was made with normalised 2 (now 0)" in capsys.readouterr().out
     cli.main(["report", str(out), "--text", "a good film"])
     assert "report.html" in capsys.readouterr().out
     assert {"evaluation.json", "report.html"} <= {file.name for file in out.iterdir()}

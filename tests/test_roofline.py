@@ -21,6 +21,7 @@ def test_the_note_is_current() -> None:
         (9, 1 << 20, 4 << 20, 3),  # three equal chunks rather than 4, 4 and 1
         (3, 1 << 20, 1 << 30, 3),
         (3, 1 << 20, 1, 1),
+        (65_536, 1 << 10, 1 << 30, 32_768),  # no more than a grid has programs
     ],
 )
 def test_a_chunk_has_as_many_heads_as_fit_in_equal_shares(

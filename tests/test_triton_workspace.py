@@ -104,3 +104,16 @@ def test_offsets_that_start_late_leave_the_tokens_before_them_alone() -> None:
     for result, tail in zip((energy, norm), expected, strict=True):
         assert not result[:60].any()
         torch.testing.assert_close(result[60:], tail)
+
+
+def test_a_mask_on_a_long_sequence_takes_no_matrix_of_its_length() -> None:
+    """Short sequences beside it would be made in such: 4 GiB here, for an input of 32 MiB."""
+    from safr_fast.kernels.row_energy_launch import Batch
+
+    def halves(samples: int, tokens: int, mask: Tensor | None) -> bool:
+        batch = Batch(torch.empty(samples, tokens, 256), mask, None)
+        return batch.halves_gram(batch.config("wide", batch.bits))
+
+    assert not halves(1, 32_768, torch.ones(1, 32_768, dtype=torch.bool))
+    assert not halves(32, 8_192, torch.ones(32, 8_192, dtype=torch.bool))
+    assert halves(512, 500, None)

@@ -1,6 +1,7 @@
 """What an evaluation is told."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,11 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise OptionError(f"{name} must be at least {bound}, got {value!r}")
+
+    def differs(self, stored: Mapping[str, Any]) -> str:
+        """The options in which a stored configuration differs, as a sentence's part."""
+        now = self.to_json()
+        return ", ".join(f"{name} {stored[name]} (now {now[name]})" for name in now if stored[name] != now[name])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they come back from a file."""

@@ -75,12 +75,17 @@ def measure(
         * ``"sufficiency"``: p(ŷ | text) − p(ŷ | deleted words alone).
         * ``"log_odds"``: log p(ŷ | rest) − log p(ŷ | text).
 
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or length, by name; ``predict`` gives no
+            probabilities.
+
     Source: SAFR section 4 (arXiv 2501.16374); DeYoung et al. 2020, *ERASER*; Chen & Ji 2020 for the log-odds.
     """
     if any(not 0 < k <= 100 for k in ks):
         raise ValueError(f"k must be above 0 and at most 100 per cent, got {list(ks)}")
     if len(set(ks)) < len(ks):
         raise ValueError(f"k must name each per cent once, got {list(ks)}")
+    _check(texts, labels, scores)
     parts: dict[str, dict[float, list[Tensor]]] = {name: {k: [] for k in ks} for name in scores}
     whole = []
     for rows in progress([range(i, min(i + _CHUNK, len(texts))) for i in range(0, len(texts), _CHUNK)]):
@@ -92,7 +97,7 @@ def measure(
                 variants += [without(texts[i], chosen[i]) for i in rows]
                 if sufficiency:
                     variants += [alone(texts[i], chosen[i]) or texts[i] for i in rows]
-        predictions = iter(predict(variants).double().cpu().split(len(rows)))
+        predictions = iter(_probabilities(predict, variants).split(len(rows)))
         whole.append(next(predictions))
         for name in scores:
             for k in ks:
@@ -100,6 +105,35 @@ def measure(
                 parts[name][k].append(torch.stack([rest, next(predictions)] if sufficiency else [rest]))
     probabilities = torch.cat(whole)  # (N, classes)
     return {name: {k: _measures(probabilities, torch.cat(parts[name][k], 1), labels) for k in ks} for name in scores}
+
+
+def _check(texts: Sequence[Words], labels: Tensor, scores: Mapping[str, Sequence[Tensor]]) -> None:
+    if any(isinstance(text, str) for text in texts):
+        raise TypeError("texts must be sequences of words, got a string: pass text.split()")
+    if not isinstance(labels, Tensor) or labels.shape != (len(texts),):
+        got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor of shape ({len(texts)},), one for each text, got {got}")
+    for name, rows in scores.items():
+        if len(rows) != len(texts):
+            raise ValueError(f"scores[{name!r}] must hold a row for each of {len(texts)} texts, got {len(rows)}")
+        for i, (row, words) in enumerate(zip(rows, texts, strict=True)):
+            if len(row) > len(words):
+                raise ValueError(
+                    f"scores[{name!r}][{i}] must score at most the text's {len(words)} words, got {len(row)}"
+                )
+        if rows and torch.cat(list(rows)).isnan().any():
+            raise ValueError(f"scores[{name!r}] must be numbers, got NaN")
+
+
+def _probabilities(predict: Predict, texts: Sequence[Words]) -> Tensor:
+    """float64 ``(texts, classes)`` on the CPU."""
+    p = predict(texts).double().cpu()
+    if p.dim() != 2 or len(p) != len(texts) or not torch.allclose(p.sum(1), torch.ones(len(p)).double(), atol=1e-3):
+        raise ValueError(
+            f"predict must give class probabilities ({len(texts)}, classes), each row summing to 1, got shape "
+            f"{tuple(p.shape)}: of scores take softmax(1)"
+        )
+    return p
 
 
 def _measures(whole: Tensor, variants: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ class ClassifierOutput(NamedTuple):
     """(B, classes); packed: (S, classes)"""
     hidden: Tensor
     """(B, T, E), packed (N, E): gate · √E · embedding, before positions. Padded rows hold anything."""
-    qk: tuple[tuple[Tensor, Tensor], ...]
+    qk: list[tuple[Tensor, Tensor]]
     """A pair of queries and keys (B, H, T, D), packed (N, H, D), for each layer."""
     gate: Tensor | None
     """(B, T), packed (N,): 0 or 1 in training, the probability to keep in evaluation; None without a mask module."""
@@ -108,7 +108,7 @@ class TransformerClassifier(nn.Module):
             pooled = mean_of_real(x, None if self.pads_count else mask)
         else:
             pooled = mean_of_sequences(x, cu_seqlens, segment)
-        return ClassifierOutput(self.classify(pooled), hidden, tuple(qk), gate)
+        return ClassifierOutput(self.classify(pooled), hidden, qk, gate)
 
     def _embed(self, ids: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """√E · embedding and gate of each token."""

@@ -102,9 +102,9 @@ def in_samples(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tup
     """``h`` as ``(B, T, E)`` and its mask as ``(B, T)``, as the back ends take them; packed ``(N, E)`` as it is."""
     if cu_seqlens is not None:
         return h, mask
-    samples = h.shape[:-2].numel()
-    h = h.reshape(samples, *h.shape[-2:])
-    return h, None if mask is None else mask.reshape(samples, h.shape[1])
+    if h.dim() == 2:
+        return h.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
+    return h.flatten(0, -3), None if mask is None else mask.flatten(0, -2)
 
 
 def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: dispatch.Impl) -> tuple[Tensor, Tensor]:

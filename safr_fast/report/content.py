@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from safr_fast import functional
+from safr_fast.data.vocabulary import UNKNOWN
 from safr_fast.evaluation.places import capacity, hidden_states, title
 from safr_fast.evaluation.predictor import Predictor
 from safr_fast.nn import TransformerClassifier
@@ -31,6 +32,8 @@ class Word:
     text: str
     values: tuple[float, ...]
     gate: float | None
+    unknown: bool
+    """Not in the model's vocabulary: all such words are one to it."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
             word,
             tuple(columns[i]) if i < length else (),
             float(gate[i]) if gate is not None and i < length else None,
+            number == UNKNOWN,
         )
-        for i, word in enumerate(words)
+        for i, (word, number) in enumerate(zip(words, predictor.vocabulary.encode(text), strict=True))
     )
     graphs, matrices = {}, {}
     for place, h in states.items():

@@ -78,6 +78,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: Path | N
                 "gated": text.gated,
                 "largest": text.largest,
                 "outside": text.outside,
+                "unknown": sum(word.unknown for word in text.words),
                 "distinct": text.distinct,
                 "repeated": text.distinct < len(text.words) - text.outside,
                 "graphs": uris(f"text{i}-allocation", text.graphs),
@@ -101,6 +102,8 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: Path | N
     result = Report(run / FILE, run / FIGURES)
     write_atomically(result.page, lambda file: file.write_text(page, encoding="utf-8"))
     result.figures.mkdir(exist_ok=True)
+    for stale in result.figures.glob("text*-*.svg"):
+        stale.unlink()
     for name, image in drawn.items():
         (result.figures / f"{_file_name(name)}.svg").write_bytes(image)
     return result

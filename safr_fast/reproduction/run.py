@@ -99,15 +99,12 @@ def _evaluated(
     folder = RunFolder(training.out)
     name = "evaluation-figure3.json" if target == "figure3" else "evaluation-tables.json"
     stored = folder.load_result(name)
-    wanted = evaluation.to_json()
-    if stored is not None and stored["config"] == wanted:
+    if stored is not None and stored["config"] == evaluation.to_json():
         return stored
     if not folder.model_file.exists():
         why = f"it has no {name}"
         if stored is not None:
-            differing = [key for key in wanted if stored["config"][key] != wanted[key]]
-            changes = ", ".join(f"{key} {stored['config'][key]} (now {wanted[key]})" for key in differing)
-            why = f"{name} was made with {changes}"
+            why = f"{name} was made with {evaluation.differs(stored['config'])}"
         raise RunError(f"{folder.path} cannot be evaluated, its weights are gone; {why}")
     with settings(training):
         return evaluate_run(training.out, evaluation, data_dir=config.data_dir, device=config.device, file=name)

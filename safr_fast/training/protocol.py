@@ -108,13 +108,13 @@ class Released(Protocol):
         words = _padded(batch) != PAD  # (B, T)
         # As in the model, a sample without any word attends to all of its pads.
         closed = (~words & words.any(dim=1, keepdim=True))[:, None, :, None]  # (B, 1, T, 1)
-        qk = tuple(
+        qk = [
             (
                 F.pad(q, (0, 1), value=1.0),
                 torch.cat((k, torch.where(closed, _CLOSED, k.new_zeros(1)).expand(*k.shape[:-1], 1)), -1),
             )
             for q, k in output.qk
-        )
+        ]
         return {"hidden": output.hidden, "qk": qk}
 
     def mean_gate(self, gate: Tensor, batch: Batch) -> tuple[Tensor, Tensor | int]:
