@@ -72,17 +72,6 @@ def finish_if_last(
             tl.store(ticket_ptr, 0)
 
 
-@triton.jit(do_not_specialize=["shares", "S", "T"])
-def importance_total_kernel(
-    mask_ptr, cu_ptr, share_ptr, count_ptr, loss_ptr, factor_ptr,
-    shares, S, T,
-    scale,
-    MEAN: tl.constexpr,
-):  # fmt: skip
-    """The loss from all shares, where no ticket is to be had."""
-    total_of_shares(mask_ptr, cu_ptr, share_ptr, count_ptr, loss_ptr, factor_ptr, shares, S, T, scale, MEAN)
-
-
 @triton.jit
 def gradients_of(
     energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, token, keep, eps

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .importance import importance_total_kernel
-
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -21,7 +19,7 @@ class Loss:
         self.share = self.count = self.ticket = None
 
     def expect(self, shares: int, h: Tensor, mask: Tensor | None, zeroed_before: bool) -> None:
-        """Room for so many shares, and a ticket if a kernel can set it to 0 before the last, or one at 0 is at hand."""
+        """Room for so many shares, and a ticket, which a kernel sets to 0 before the last or which is there at 0."""
         self.shares = shares
         self.share = h.new_empty(shares, dtype=torch.float32)
         self.count = None if mask is None else h.new_empty(shares, dtype=torch.int32)
@@ -37,14 +35,6 @@ class Loss:
     def numbers(self) -> dict[str, Any]:
         return {"shares": self.shares, "eps": self.eps, "scale": self.scale, "MEAN": self.mean}
 
-    def finish(self, mask: Tensor | None, cu_seqlens: Tensor | None, S: int, T: int, num_warps: int) -> None:
-        """Adds the shares up where no ticket is to be had. With the last kernel's warps the sums come out the same."""
-        if self.share is not None and self.ticket is None:
-            importance_total_kernel[(1,)](
-                mask, cu_seqlens, self.share, self.count, self.loss, self.factor, self.shares, S, T, self.scale,
-                MEAN=self.mean, num_warps=num_warps,
-            )  # fmt: skip
-
 
 class NoLoss(Loss):
     """Energies alone are wanted."""
@@ -57,14 +47,14 @@ class NoLoss(Loss):
         pass
 
 
-def _ticket(device: torch.device) -> Tensor | None:
+def _ticket(device: torch.device) -> Tensor:
     """An integer at 0, which every launch leaves so: one a stream, since launches of one stream follow each other.
 
-    None while a CUDA graph is captured: two graphs captured on one stream may be replayed at once.
+    While a CUDA graph is captured, one of its own: two graphs captured on one stream may be replayed at once.
     """
     on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
     if on_gpu and torch.cuda.is_current_stream_capturing():
-        return None
+        return torch.zeros(1, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     key = device, stream
     if key not in _tickets:

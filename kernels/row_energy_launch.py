@@ -237,7 +237,6 @@ def _launch_token(batch: Batch, energy: Tensor, norm: Tensor, loss: Loss) -> Non
         BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
         **config.execution,
     )  # fmt: skip
-    loss.finish(batch.mask, batch.cu_seqlens, batch.S, batch.T, config.num_warps)
 
 
 def _launch_symmetric(

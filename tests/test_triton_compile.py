@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 resources = pytest.importorskip("safr_fast.kernels.resources")
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-WITHOUT_PRODUCTS = {"span", "stage", "packed_total", "packed_strip_total", "interaction_total", "importance_total",
+WITHOUT_PRODUCTS = {"span", "stage", "packed_total", "packed_strip_total", "interaction_total",
                     "moment_total", "row_energy_total"}  # fmt: skip
 
 

@@ -108,38 +108,14 @@ def test_every_launch_leaves_its_ticket_for_the_next(layout: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(value_and_gradient(h, kwargs), first, strict=True))
 
 
-@each_path
-@each_layout
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_launch_of_its_own_adds_up_the_same(
-    tokens: int, layout: str, reduction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While a graph is captured there is no ticket."""
-    from safr_fast.kernels import importance_launch
-
-    h, kwargs = laid_out(hidden(tokens), layout)
-    by_ticket = value_and_gradient(h, kwargs, reduction=reduction)
-    monkeypatch.setattr(importance_launch, "_ticket", lambda device: None)
-    for result, expected in zip(value_and_gradient(h, kwargs, reduction=reduction), by_ticket, strict=True):
-        assert torch.equal(result, expected)
-
-
-@pytest.mark.parametrize("shares", [1, 1024, 2500])
 @pytest.mark.parametrize("masked", [False, True])
-def test_any_number_of_shares_is_added_up(shares: int, masked: bool) -> None:
-    from safr_fast.kernels.importance_launch import Loss
+def test_more_shares_than_one_block_are_added_up(masked: bool) -> None:
+    from safr_fast.kernels.row_energy_launch import TOTAL_BLOCK
 
-    mask = torch.ones(1, device=DEVICE) if masked else None
-    loss = Loss(normal(1, device=DEVICE), 0.0, 0.5, True)
-    loss.expect(shares, loss.loss, mask, zeroed_before=True)
-    loss.ticket = None
-    loss.share.copy_(normal(shares))
-    if masked:
-        loss.count.copy_(torch.arange(shares))
-    loss.finish(mask, None, 3, 7, num_warps=4)
-    count = max(shares * (shares - 1) // 2, 1) if masked else 21
-    assert relative_error(loss.factor, torch.tensor(0.5 / count)) < 1e-7
-    assert relative_error(loss.loss, normal(shares).double().sum() * 0.5 / count) < 1e-5
+    h = normal(TOTAL_BLOCK + 76, 2, 4, device=DEVICE)
+    mask = torch.arange(2, device=DEVICE) < 1 + torch.arange(len(h), device=DEVICE)[:, None] % 2 if masked else None
+    loss, expected = (sf.importance_loss(x, mask, impl=impl) for x, impl in ((h, "triton"), (h.double(), "reference")))
+    assert relative_error(loss, expected) < 1e-6
 
 
 @each_layout

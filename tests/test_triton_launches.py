@@ -173,16 +173,6 @@ def test_it_takes_two_where_the_samples_fill_a_gpu(layout: str, monkeypatch: pyt
     assert backward == [f"weighted_moment{and_short}_kernel", "moment_backward_kernel"]
 
 
-def test_a_captured_graph_adds_up_in_a_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    from safr_fast.kernels import importance_launch
-
-    monkeypatch.setattr(importance_launch, "_ticket", lambda device: None)
-    forward, _ = importance_launches("masked", 64, 32, monkeypatch)
-    assert forward == ["row_energy_wide_kernel", "importance_total_kernel"]
-    forward, _ = importance_launches("masked", 300, 32, monkeypatch)
-    assert forward == ["moment_and_short_kernel", "moment_total_kernel", "quadratic_form_kernel"]
-
-
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 def test_the_interaction_of_short_samples_takes_one_launch(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from safr_fast.kernels import launch
