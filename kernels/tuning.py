@@ -185,7 +185,7 @@ class Tuner:
             for name, entry in missing.items():
                 if name not in self.tried:
                     self._try(name, entry, launch, kind, results)
-        return self._launched(launch, kind)
+        return self._launched(launch, kind) if self.served.keys() & missing.keys() else results
 
     def _launched(
         self, launch: Launch, kind: "Kind", missing: dict[str, "Entry"] | None = None, **instead: Config

@@ -209,8 +209,16 @@ def test_where_nothing_could_be_timed_nothing_is_chosen(tmp_path: Path) -> None:
 
 def test_results_that_are_not_finite_choose_nothing(tmp_path: Path) -> None:
     chosen = tuner(tmp_path)
-    chosen.run(pretend(result=lambda config: torch.tensor([torch.nan])), X, 70)
+    launched = []
+
+    def not_a_number(config: "Config") -> Tensor:
+        launched.append(config)
+        return torch.tensor([torch.nan])
+
+    for _ in range(3):
+        chosen.run(pretend(result=not_a_number), X, 70)
     assert chosen.timer.timed == 0
+    assert len(launched) == 3  # nor is anything launched twice
     assert not list(tmp_path.iterdir())
 
 
