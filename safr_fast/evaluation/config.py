@@ -43,7 +43,9 @@ class EvaluationConfig:
     def differs(self, stored: Mapping[str, Any]) -> str:
         """The options in which a stored configuration differs, as a sentence's part."""
         now = self.to_json()
-        return ", ".join(f"{name} {stored[name]} (now {now[name]})" for name in now if stored[name] != now[name])
+        return ", ".join(
+            f"{name} {stored.get(name)} (now {value})" for name, value in now.items() if stored.get(name) != value
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they come back from a file."""

@@ -1,16 +1,15 @@
 """One process at a time in a folder."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
-
 from safr_fast.training.errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextmanager
@@ -20,7 +19,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process is in it.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)

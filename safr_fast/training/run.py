@@ -209,7 +209,7 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
     stored = dataclasses.replace(folder.stored_config(), out=config.out)
     moved = {name: getattr(config, name) for name in WHERE if getattr(config, name) != getattr(TrainConfig(), name)}
     stored = dataclasses.replace(stored, **moved)
-    defaults = flat(TrainConfig())
+    defaults = _flat(TrainConfig())
     changes = changed(stored, config, lambda name, value: value == defaults[name])
     if changes:
         raise RunError(f"{folder.path} began with {changes}: resume without these options, or start anew by --out")
@@ -218,12 +218,12 @@ def _resumed(config: TrainConfig) -> tuple[TrainConfig, RunFolder]:
 
 def changed(stored: TrainConfig, now: TrainConfig, pardoned: Callable[[str, Any], bool]) -> str:
     """The options in which they differ, as a sentence's part; ``pardoned(name, value now)`` leaves one out."""
-    before, after = flat(stored), flat(now)
+    before, after = _flat(stored), _flat(now)
     differing = [name for name, value in after.items() if value != before[name] and not pardoned(name, value)]
     return ", ".join(f"{name} {before[name]} (now {after[name]})" for name in differing)
 
 
-def flat(config: TrainConfig) -> dict[str, Any]:
+def _flat(config: TrainConfig) -> dict[str, Any]:
     values = config.to_json()
     sizes = values.pop("model")
     return values | {f"model.{name}": value for name, value in sizes.items()}
