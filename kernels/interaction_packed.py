@@ -4,6 +4,9 @@ The shapes bound one sequence by all N tokens, so a workspace for whole T×T mat
 strips instead: for one tile of rows of one head, M and φ(G) against the whole sequence. A is never stored but made
 again from queries, keys and the softmax's row statistics, wherever a tile of it is needed. A strip is
 ``head · slots + slot``; a chunk holds the strips from ``strip0`` on.
+
+Strips are as wide as ``longest``, which by the caller's word no sequence exceeds. To check it would mean waiting for
+the device, so the results of one that does are NaN.
 """
 
 import triton
@@ -13,6 +16,12 @@ from .attention_workspace import scores, softmax_rows, weights
 from .interaction_gradient import exponent_below
 from .interaction_gram import pair_terms
 from .tiles import count_of, first_row, load_rows, matrix_tile, product, sum_of, tile_of
+
+
+@triton.jit
+def length_of(sequence, cu_ptr, N, longest):
+    """Tokens of a sequence, as far as its strips reach."""
+    return tl.minimum(count_of(sequence, cu_ptr, None, N), longest)
 
 
 @triton.jit
@@ -33,10 +42,10 @@ def attention_tile(
     return weights(score, top, total, attention_scale, DTYPE)
 
 
-@triton.jit(do_not_specialize=["S", "N"])
+@triton.jit(do_not_specialize=["S", "N", "longest"])
 def packed_softmax_kernel(
     q_ptr, k_ptr, cu_ptr, top_ptr, total_ptr, row_sum_ptr,
-    S, N, D, group,
+    S, N, longest, D, group,
     stride_qt, stride_qh, stride_kt, stride_kh,
     log2_scale, attention_scale,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -46,7 +55,7 @@ def packed_softmax_kernel(
     sequence, i0 = tile_of(tl.program_id(0), cu_ptr, S, N, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     row = first_row(sequence, cu_ptr, N)
-    stop = count_of(sequence, cu_ptr, None, N)
+    stop = length_of(sequence, cu_ptr, N, longest)
     if i0 >= stop:
         return
     q_ptr += row * stride_qt + head * stride_qh
@@ -60,16 +69,17 @@ def packed_softmax_kernel(
         q_ptr, k_ptr, None, None, row, i0, i < stop, 0, j_stop, stop, D, 0,
         stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
     )  # fmt: skip
+    top = tl.where(count_of(sequence, cu_ptr, None, N) > longest, float("nan"), top)
     out = head * N + row + i
     tl.store(top_ptr + out, top, mask=i < stop)
     tl.store(total_ptr + out, total, mask=i < stop)
     tl.store(row_sum_ptr + out, row_sum, mask=i < stop)
 
 
-@triton.jit(do_not_specialize=["S", "N", "slots", "strip0"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0"])
 def packed_gram_kernel(
     q_ptr, k_ptr, cu_ptr, top_ptr, total_ptr, pair_ptr, phi_ptr, row_term_ptr, loss_ptr,
-    S, N, D, group, slots, strip0, pitch, tiles,
+    S, N, longest, D, group, slots, strip0, pitch, tiles,
     stride_qt, stride_qh, stride_kt, stride_kh,
     log2_scale, attention_scale, pair_scale,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -84,7 +94,7 @@ def packed_gram_kernel(
     sequence, i0 = tile_of(slot, cu_ptr, S, N, BLOCK)
     j0 = j_tile * BLOCK
     row = first_row(sequence, cu_ptr, N)
-    stop = count_of(sequence, cu_ptr, None, N)
+    stop = length_of(sequence, cu_ptr, N, longest)
     if i0 >= stop or j0 >= stop:
         return
     q_ptr += row * stride_qt + head * stride_qh
@@ -122,10 +132,10 @@ def packed_gram_kernel(
         tl.store(row_term_ptr + (local_strip * tiles + j_tile) * BLOCK + local, tl.sum(row_term, 1))
 
 
-@triton.jit(do_not_specialize=["S", "N", "slots", "strip0"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0"])
 def packed_score_gradient_kernel(
     q_ptr, k_ptr, cu_ptr, top_ptr, total_ptr, row_sum_ptr, pair_ptr, phi_ptr, row_term_ptr, grad_ptr, grad_scale_ptr,
-    S, N, D, group, slots, strip0, pitch, tiles,
+    S, N, longest, D, group, slots, strip0, pitch, tiles,
     stride_qt, stride_qh, stride_kt, stride_kh,
     log2_scale, attention_scale, pair_scale,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -137,7 +147,7 @@ def packed_score_gradient_kernel(
     sequence, i0 = tile_of(slot, cu_ptr, S, N, BLOCK)
     j0 = j_tile * BLOCK
     row = first_row(sequence, cu_ptr, N)
-    stop = count_of(sequence, cu_ptr, None, N)
+    stop = length_of(sequence, cu_ptr, N, longest)
     if i0 >= stop or j0 >= stop or (IS_CAUSAL and j0 > i0):
         return
     q_ptr += row * stride_qt + head * stride_qh
@@ -173,10 +183,10 @@ def packed_score_gradient_kernel(
         tl.store(grad_scale_ptr + local_strip, grad_scale)
 
 
-@triton.jit(do_not_specialize=["S", "N", "slots", "strip0"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0"])
 def packed_query_gradient_kernel(
     score_grad_ptr, score_grad_scale_ptr, k_ptr, cu_ptr, grad_q_ptr,
-    S, N, H, D, group, slots, strip0, pitch,
+    S, N, longest, H, D, group, slots, strip0, pitch,
     stride_kt, stride_kh,
     scale,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -186,7 +196,7 @@ def packed_query_gradient_kernel(
     head, slot = (strip0 + local_strip) // slots, ((strip0 + local_strip) % slots).to(tl.int32)
     sequence, i0 = tile_of(slot, cu_ptr, S, N, BLOCK)
     row = first_row(sequence, cu_ptr, N)
-    stop = count_of(sequence, cu_ptr, None, N)
+    stop = length_of(sequence, cu_ptr, N, longest)
     if i0 >= stop:
         return
     score_grad_ptr += local_strip * BLOCK * pitch
@@ -207,10 +217,10 @@ def packed_query_gradient_kernel(
     tl.store(grad_q_ptr + i[:, None] * (H * D) + d[None, :], grad, mask=(i0 + i < stop)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["S", "N", "slots", "strip0", "strip_stop"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0", "strip_stop"])
 def packed_key_gradient_kernel(
     score_grad_ptr, score_grad_scale_ptr, q_ptr, cu_ptr, grad_k_ptr,
-    S, N, H, D, slots, strip0, strip_stop, pitch,
+    S, N, longest, H, D, slots, strip0, strip_stop, pitch,
     stride_qt, stride_qh,
     scale,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -219,7 +229,7 @@ def packed_key_gradient_kernel(
     slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     sequence, j0 = tile_of(slot, cu_ptr, S, N, BLOCK)
     row = first_row(sequence, cu_ptr, N)
-    stop = count_of(sequence, cu_ptr, None, N)
+    stop = length_of(sequence, cu_ptr, N, longest)
     first_strip = head * slots + slot - j0 // BLOCK
     tile_begin = tl.maximum(strip0 - first_strip, 0)
     if IS_CAUSAL:
@@ -244,16 +254,16 @@ def packed_key_gradient_kernel(
     tl.store(grad_k_ptr, grad, mask=inside)
 
 
-@triton.jit(do_not_specialize=["S", "N", "slots", "strip0"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0"])
 def packed_strip_total_kernel(
     loss_ptr, cu_ptr, strip_loss_ptr,
-    S, N, slots, strip0, tiles,
+    S, N, longest, slots, strip0, tiles,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum over the tiles of a strip: (strips, tiles) → (H, slots)."""
     local_strip = tl.program_id(0).to(tl.int64)
     sequence, i0 = tile_of(((strip0 + local_strip) % slots).to(tl.int32), cu_ptr, S, N, BLOCK)
-    stop = count_of(sequence, cu_ptr, None, N)
+    stop = length_of(sequence, cu_ptr, N, longest)
     stop = tl.where(i0 < stop, stop, 0)
     total = tl.zeros((1024,), tl.float32)
     for first in range(0, tl.cdiv(stop, BLOCK), 1024):
@@ -262,16 +272,16 @@ def packed_strip_total_kernel(
     tl.store(strip_loss_ptr + strip0 + local_strip, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["S", "N", "slots"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots"])
 def packed_total_kernel(
     strip_loss_ptr, cu_ptr, total_ptr,
-    S, N, H, slots,
+    S, N, longest, H, slots,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of the strips of each sequence and head: (H, slots) → (S, H)."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = first_row(sequence, cu_ptr, N)
-    stop = count_of(sequence, cu_ptr, None, N)
+    stop = length_of(sequence, cu_ptr, N, longest)
     first_slot = row // BLOCK + sequence
     total = 0.0
     for slot in range(first_slot, first_slot + tl.cdiv(stop, BLOCK)):

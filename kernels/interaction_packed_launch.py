@@ -1,7 +1,7 @@
 """Launches primitive 2 over packed sequences: chunks of strips, see ``interaction_packed``.
 
-A strip takes 2 · BLOCK · N elements, so the workspace is bounded whatever the lengths, which are never read here.
-Results do not depend on the chunk: a strip is computed alone, and the key gradient adds strips up in their order.
+A strip takes 2 · BLOCK · ``longest`` elements, so the workspace is bounded whatever the lengths; those are never read
+here. Results do not depend on the chunk: a strip is computed alone, and the key gradient adds strips up in their order.
 """
 
 import torch
@@ -26,15 +26,18 @@ class Strips:
     """Strips of one chunk: M and φ(G) of a tile of rows each, what is summed over their tiles, and the sizes of all."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, cu_seqlens: Tensor, is_causal: bool, need_grad: bool, workspace_bytes: int | None
-    ) -> None:
+        self, q: Tensor, k: Tensor, cu_seqlens: Tensor, is_causal: bool, need_grad: bool, workspace_bytes: int | None,
+        max_seqlen: int | None,
+    ) -> None:  # fmt: skip
         self.q, self.k, self.cu_seqlens = readable(q, tokens=0), readable(k, tokens=0), cu_seqlens.contiguous()
         self.N, self.H, self.D = q.shape
         self.S, self.group = cu_seqlens.shape[0] - 1, self.H // k.shape[1]
         self.arithmetic = Arithmetic.of_scores(q)
         config = configs.config("packed", 8 * q.dtype.itemsize, self.D, q.device)
         self.block = config.rows
-        self.slots, self.tiles = self.N // self.block + self.S, triton.cdiv(self.N, self.block)
+        longest = self.N if max_seqlen is None else max(1, min(max_seqlen, self.N))
+        self.lengths = self.S, self.N, longest
+        self.slots, self.tiles = self.N // self.block + self.S, triton.cdiv(longest, self.block)
         self.pitch = self.tiles * self.block
         self.d_tiles = triton.cdiv(self.D, config.features)
         self.options = {
@@ -47,7 +50,8 @@ class Strips:
 
         matrix = self.arithmetic.matrix
         strip_bytes = 2 * self.block * self.pitch * matrix.itemsize
-        self.strips = max(1, min(self.H * self.slots, (workspace_bytes or configs.WORKSPACE_BYTES) // strip_bytes))
+        room = (workspace_bytes or configs.WORKSPACE_BYTES) // strip_bytes
+        self.strips = max(1, min(self.H * self.slots, room, configs.GRID_LIMIT))
         self.top, self.row_total, self.row_sum = q.new_empty(3, self.H, self.N, dtype=torch.float32)
         self.loss = self.top.new_empty(self.strips, self.tiles)
         self.strip_loss = self.top.new_empty(self.H * self.slots)
@@ -73,7 +77,7 @@ class Strips:
         return *self.q.stride()[:2], *self.k.stride()[:2]
 
     def sizes(self, strip0: int) -> tuple[int, ...]:
-        return self.S, self.N, self.D, self.group, self.slots, strip0, self.pitch, self.tiles
+        return *self.lengths, self.D, self.group, self.slots, strip0, self.pitch, self.tiles
 
 
 def from_qk(
@@ -86,6 +90,7 @@ def from_qk(
     exclude_diagonal: bool,
     need_grad: bool,
     workspace_bytes: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, H, _ = q.shape
     S = cu_seqlens.shape[0] - 1
@@ -93,20 +98,20 @@ def from_qk(
     grad_q, grad_k = (total.new_zeros(q.shape if need_grad else 0) for _ in range(2))
     if total.numel() == 0 or N == 0:
         return total, grad_q, grad_k
-    work = Strips(q, k, cu_seqlens, is_causal, need_grad, workspace_bytes)
+    work = Strips(q, k, cu_seqlens, is_causal, need_grad, workspace_bytes, max_seqlen)
     _launch_softmax(work, scale)
     for strip0, count in work.chunks():
         _launch_gram(work, strip0, count, scale, squared, exclude_diagonal)
         if need_grad:
             _launch_score_gradient(work, strip0, count, scale)
             _launch_query_and_key_gradient(work, strip0, count, scale, grad_q, grad_k)
-    packed_total_kernel[(S, H)](work.strip_loss, work.cu_seqlens, total, S, N, H, work.slots, BLOCK=work.block)
+    packed_total_kernel[(S, H)](work.strip_loss, work.cu_seqlens, total, *work.lengths, H, work.slots, BLOCK=work.block)
     return total, grad_q, grad_k
 
 
 def _launch_softmax(work: Strips, scale: float) -> None:
     packed_softmax_kernel[(work.slots, work.H)](
-        *work.attention, work.row_sum, work.S, work.N, work.D, work.group, *work.strides,
+        *work.attention, work.row_sum, *work.lengths, work.D, work.group, *work.strides,
         scale * LOG2_E, work.arithmetic.attention_scale,
         DTYPE=TRITON_DTYPES[work.arithmetic.matrix], **work.options,
     )  # fmt: skip
@@ -120,7 +125,7 @@ def _launch_gram(work: Strips, strip0: int, count: int, scale: float, squared: b
         DTYPE=TRITON_DTYPES[work.arithmetic.matrix], SQUARED=squared, EXCLUDE_DIAGONAL=exclude_diagonal, **work.options,
     )  # fmt: skip
     packed_strip_total_kernel[(count,)](
-        work.loss, work.cu_seqlens, work.strip_loss, work.S, work.N, work.slots, strip0, work.tiles, BLOCK=work.block
+        work.loss, work.cu_seqlens, work.strip_loss, *work.lengths, work.slots, strip0, work.tiles, BLOCK=work.block
     )
 
 
@@ -139,11 +144,11 @@ def _launch_query_and_key_gradient(
 ) -> None:
     packed_query_gradient_kernel[(count, work.d_tiles)](
         work.score_grad, work.score_grad_scale, work.k, work.cu_seqlens, grad_q,
-        work.S, work.N, work.H, work.D, work.group, work.slots, strip0, work.pitch, *work.k.stride()[:2],
+        *work.lengths, work.H, work.D, work.group, work.slots, strip0, work.pitch, *work.k.stride()[:2],
         scale, **work.options,
     )  # fmt: skip
     packed_key_gradient_kernel[(work.slots, work.d_tiles, work.H)](
         work.score_grad, work.score_grad_scale, work.q, work.cu_seqlens, grad_k,
-        work.S, work.N, work.H, work.D, work.slots, strip0, strip0 + count, work.pitch, *work.q.stride()[:2],
+        *work.lengths, work.H, work.D, work.slots, strip0, strip0 + count, work.pitch, *work.q.stride()[:2],
         scale, **work.options,
     )  # fmt: skip

@@ -27,7 +27,9 @@ def row_energy(
     from . import row_energy_launch
 
     with torch.cuda.device_of(h):
-        return tuned(lambda: row_energy_launch.forward(h, mask, cu_seqlens, save_moments), h, _tokens(h, cu_seqlens))
+        launch = row_energy_launch.forward
+        tokens = _tokens(h, cu_seqlens)
+        return tuned(lambda: launch(h, mask, cu_seqlens, save_moments), h, tokens, unwritten=1)
 
 
 def row_energy_backward(
@@ -63,9 +65,9 @@ def importance(
     from . import row_energy_launch
 
     with torch.cuda.device_of(h):
-        return tuned(
-            lambda: row_energy_launch.importance(h, mask, cu_seqlens, eps, scale, mean, save), h, _tokens(h, cu_seqlens)
-        )
+        launch = row_energy_launch.importance
+        tokens = _tokens(h, cu_seqlens)
+        return tuned(lambda: launch(h, mask, cu_seqlens, eps, scale, mean, save), h, tokens, unwritten=2)
 
 
 def importance_backward(
@@ -118,6 +120,7 @@ def interaction_from_qk(
     exclude_diagonal: bool,
     need_grad: bool,
     workspace_bytes: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pair sums ``(B, H)`` of the attention of queries and keys, and their gradients, the keys' for each query head."""
     from . import interaction_launch, interaction_packed_launch
@@ -127,7 +130,7 @@ def interaction_from_qk(
         if cu_seqlens is None:
             return tuned(lambda: interaction_launch.from_qk(q, k, mask, *form), q, q.shape[2])
         launch = interaction_packed_launch.from_qk
-        return tuned(lambda: launch(q, k, cu_seqlens, *form), q, _tokens(q, cu_seqlens))
+        return tuned(lambda: launch(q, k, cu_seqlens, *form, max_seqlen), q, _tokens(q, cu_seqlens))
 
 
 def _tokens(h: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -174,8 +174,12 @@ class Tuner:
         self.tried: set[str] = set()
         self.served: dict[str, Config] = {}
 
-    def run(self, launch: Launch, x: Tensor, tokens: int) -> tuple[Tensor, ...]:
-        """What ``launch`` gives with the configurations chosen for it, trying those that are not chosen yet."""
+    def run(self, launch: Launch, x: Tensor, tokens: int, unwritten: int = 0) -> tuple[Tensor, ...]:
+        """What ``launch`` gives with the configurations chosen for it, trying those that are not chosen yet.
+
+        Its last ``unwritten`` results hold memory that no kernel writes, as the moments of short sequences do: nothing
+        to compare.
+        """
         kind = Kind.of(x, tokens)
         missing: dict[str, Entry] = {}
         results = self._launched(launch, kind, missing)
@@ -184,7 +188,7 @@ class Tuner:
         with self.lock:
             for name, entry in missing.items():
                 if name not in self.tried:
-                    self._try(name, entry, launch, kind, results)
+                    self._try(name, entry, launch, kind, results[: len(results) - unwritten])
         return self._launched(launch, kind) if self.served.keys() & missing.keys() else results
 
     def _launched(
@@ -226,7 +230,7 @@ class Tuner:
             trial: dict[str, Any] = {"name": name, "config": str(config), "is_table": config == entry.found}
             step = functools.partial(self._launched, launch, kind, **{name: config})
             try:
-                trial["difference"] = _difference(step(), expected)
+                trial["difference"] = _difference(step()[: len(expected)], expected)
                 if trial["difference"] > kind.rounding:
                     raise ValueError("results differ by more than rounding")
                 trial["ms"] = self.timer.milliseconds(step)
@@ -303,12 +307,15 @@ def using(tuner: Tuner) -> Iterator[None]:
         _used = before
 
 
-def tuned(launch: Launch, x: Tensor, tokens: int) -> tuple[Tensor, ...]:
-    """``launch()``, through the tuner where one is asked for. ``tokens``: of a sequence, of packed ones on average."""
+def tuned(launch: Launch, x: Tensor, tokens: int, unwritten: int = 0) -> tuple[Tensor, ...]:
+    """``launch()``, through the tuner where one is asked for, see :meth:`Tuner.run`.
+
+    ``tokens``: of a sequence, of packed ones on average.
+    """
     tuner = _used
     if tuner is None and os.environ.get("SAFR_FAST_AUTOTUNE") == "1" and x.is_cuda:
         tuner = _tuner_of(x.device)
-    return launch() if tuner is None else tuner.run(launch, x, tokens)
+    return launch() if tuner is None else tuner.run(launch, x, tokens, unwritten)
 
 
 @functools.cache

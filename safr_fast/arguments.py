@@ -77,6 +77,25 @@ def check_offsets(cu_seqlens: Tensor | None, tokens: int, *, to_the_end: bool = 
         raise ValueError(f"cu_seqlens must end at {tokens}, the number of tokens, got {offsets}")
 
 
+def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
+    """Of the lengths where they are at hand, see :func:`check_offsets`."""
+    if max_seqlen is None:
+        return
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
+        raise TypeError(
+            f"max_seqlen must be None or a whole number of tokens, got {describe(max_seqlen)}: pass .item()"
+        )
+    if cu_seqlens is None:
+        raise ValueError("max_seqlen goes with cu_seqlens: the length of padded input is that of its shape")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    longest = max(cu_seqlens.diff().tolist(), default=0)
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen must be at least the length of the longest sequence, {longest}, got {max_seqlen}")
+
+
 def check_hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     check_floating("h", h)
     if h.dim() < 2:

@@ -308,6 +308,7 @@ def interaction_loss_from_qk(
     exclude_diagonal: bool = False,
     reduction: str = "mean",
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     workspace_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -325,6 +326,9 @@ def interaction_loss_from_qk(
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
+        max_seqlen: tokens that no packed sequence exceeds; N if None. "triton" works in strips of that width, and in
+            more launches the fewer of them fit the workspace; shows in no bit of the result. A longer sequence raises
+            on the CPU; on a GPU, which would have to be waited for, its loss is NaN.
         workspace_bytes: as for :func:`interaction_loss`; if None, 256 MiB for packed input.
         impl: back end, see :mod:`safr_fast.functional`.
 
@@ -340,6 +344,7 @@ def interaction_loss_from_qk(
     arguments.check_floating("k", k)
     q, k = _autocast(q), _autocast(k)
     arguments.check_query_key(q, k, mask, cu_seqlens)
+    arguments.check_max_seqlen(max_seqlen, cu_seqlens)
     arguments.check_form(squared, exclude_diagonal, reduction)
     arguments.check_flag("is_causal", is_causal)
     arguments.check_bytes("workspace_bytes", workspace_bytes)
@@ -347,7 +352,7 @@ def interaction_loss_from_qk(
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     arguments.check_number("scale", scale)
     total = interaction_op.interaction_from_qk(
-        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl, workspace_bytes
+        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl, workspace_bytes, max_seqlen
     )
     return _mean_over_pairs(total, mask, cu_seqlens, q.shape[-2], reduction)
 

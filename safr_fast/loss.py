@@ -129,6 +129,7 @@ class SAFRLoss(nn.Module):
         qk: Pair | list[Pair] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         return_parts: bool = False,
     ) -> Tensor | LossParts:
         """
@@ -142,6 +143,7 @@ class SAFRLoss(nn.Module):
                 list of such pairs, one for each layer.
             mask: bool ``(B, T)``, true where a token is real: the opposite of PyTorch's ``key_padding_mask``.
             cu_seqlens: int32 ``(S + 1,)`` offsets of packed samples; excludes ``mask`` and ``attention``.
+            max_seqlen: tokens of the longest packed sample, for ``qk`` on a GPU: fewer launches.
             return_parts: give :class:`LossParts` instead of the total.
 
         Raises:
@@ -157,7 +159,7 @@ class SAFRLoss(nn.Module):
             importance = self._importance(hidden, mask, cu_seqlens)
             total = total + self.lambda_importance * importance
         if self.lambda_interaction > 0:
-            interaction = self._interaction(attention, qk, mask, cu_seqlens)
+            interaction = self._interaction(attention, qk, mask, cu_seqlens, max_seqlen)
             total = total + self.lambda_interaction * interaction
         if importance is not None and interaction is not None:
             _check_same_tokens(hidden, attention, qk, packed=cu_seqlens is not None)
@@ -180,6 +182,7 @@ class SAFRLoss(nn.Module):
         qk: Pair | list[Pair] | None,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
     ) -> Tensor:
         released = self.variant == "released"
         form: dict[str, Any] = {
@@ -196,7 +199,8 @@ class SAFRLoss(nn.Module):
             return self._pool("attention", terms, [weights.shape[0] for weights in layers])
         if qk is not None and attention is None:
             pairs = _pairs(qk)
-            form |= {"scale": self.scale, "is_causal": self.is_causal, "cu_seqlens": cu_seqlens}
+            form |= {"scale": self.scale, "is_causal": self.is_causal}
+            form |= {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
             terms = [functional.interaction_loss_from_qk(q, k, mask, **form) for q, k in pairs]
             return self._pool("qk", terms, [_samples(q.shape[0], cu_seqlens) for q, _ in pairs])
         given = "neither" if qk is None else "both"

@@ -180,6 +180,25 @@ def test_compiles_whole_forward_and_backward(name: str, backend: str, dynamic: b
 
 
 @every_backend()
+def test_max_seqlen_is_not_compiled_for(backend: str) -> None:
+    (q, k) = (x.transpose(1, 2).flatten(0, 1) for x in CALLS["interaction_loss_from_qk"].on(device_of(backend)))
+    cu_seqlens = offsets([len(q) - 5, 5], device_of(backend))
+    with forced(backend) as impl:
+        torch.compiler.reset()
+
+        def loss(q: Tensor, k: Tensor, max_seqlen: int) -> Tensor:
+            return sf.interaction_loss_from_qk(q, k, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, impl=impl)
+
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        first = value_and_gradients(lambda *x: compiled(*x, len(q)), (q, k))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            second = value_and_gradients(lambda *x: compiled(*x, len(q) - 5), (q, k))
+        expected = value_and_gradients(lambda *x: loss(*x, len(q)), (q, k))
+    for plain, *results in zip(expected, first, second, strict=True):
+        assert all(relative_error(result, plain) < 1e-6 for result in results)
+
+
+@every_backend()
 def test_exports_for_any_batch_and_length(backend: str) -> None:
     class Measures(torch.nn.Module):
         def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,6 +258,9 @@ def test_opcheck_interaction(backend: str, need_grad: bool) -> None:
         torch.library.opcheck(ops.interaction.default, (a, mask_like(a), True, False, need_grad, impl))
         form = (0.25, False, True, False, need_grad, impl)
         torch.library.opcheck(ops.interaction_from_qk.default, (q, k, mask_like(q), None, *form))
+        tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
+        cu_seqlens = offsets([q.shape[2]] * q.shape[0], device)
+        torch.library.opcheck(ops.interaction_from_qk.default, (*tokens, None, cu_seqlens, *form, None, q.shape[2]))
 
 
 @every_backend()

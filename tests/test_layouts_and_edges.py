@@ -344,6 +344,26 @@ WRONG = {
         ValueError,
         "workspace_bytes must be None or a whole number of bytes, at least 1, got 0",
     ),
+    "max_seqlen": (
+        lambda: sf.interaction_loss_from_qk(Q[0], Q[0], cu_seqlens=offsets([4]), max_seqlen=torch.tensor(4)),
+        TypeError,
+        r"max_seqlen must be None or a whole number of tokens, got int64 \(\) on cpu: pass .item\(\)",
+    ),
+    "negative max_seqlen": (
+        lambda: sf.interaction_loss_from_qk(Q[0], Q[0], cu_seqlens=offsets([4]), max_seqlen=-1),
+        ValueError,
+        "max_seqlen must be at least 0, got -1",
+    ),
+    "max_seqlen below a length": (
+        lambda: sf.interaction_loss_from_qk(Q[0], Q[0], cu_seqlens=offsets([1, 3]), max_seqlen=2),
+        ValueError,
+        "max_seqlen must be at least the length of the longest sequence, 3, got 2",
+    ),
+    "max_seqlen of padded input": (
+        lambda: sf.interaction_loss_from_qk(Q, Q, max_seqlen=5),
+        ValueError,
+        "max_seqlen goes with cu_seqlens",
+    ),
     "squared": (lambda: sf.interaction_loss(A, squared=2), TypeError, "squared must be True or False, got int 2"),
     "float8": (lambda: sf.row_energy(H.to(torch.float8_e4m3fn)), TypeError, "h must be float32.* got float8_e4m3fn"),
     "a list of impl": (lambda: sf.row_energy(H, impl=["cpp"]), ValueError, "impl must be one of .* got"),

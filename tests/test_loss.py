@@ -171,7 +171,8 @@ def test_packed_samples_have_the_loss_of_padded_ones(backend: str, variant: str)
     with forced(backend) as impl:
         loss = sf.SAFRLoss(variant=variant, impl=impl)
         padded = loss(logits, target, hidden=h, qk=(q, k), mask=mask, return_parts=True)
-        ours = loss(logits, target, **packed, cu_seqlens=offsets([10, 4, 0]), return_parts=True)
+        layout = {"cu_seqlens": offsets([10, 4, 0]), "max_seqlen": 10}
+        ours = loss(logits, target, **packed, **layout, return_parts=True)
     torch.testing.assert_close(torch.stack(ours), torch.stack(padded))
 
 

@@ -186,3 +186,19 @@ def test_the_interaction_of_short_samples_takes_one_launch(masked: bool, monkeyp
     with counted(monkeypatch) as launches:
         launch.interaction(attention, mask, **form)
     assert launches == ["attention_block_kernel"]
+
+
+def test_packed_interaction_takes_launches_by_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``max_seqlen`` a strip is as wide as all tokens, and ever fewer fit the workspace."""
+
+    def launches(sequences: int, max_seqlen: int | None) -> int:
+        q, cu_seqlens = normal(16 * sequences, 1, 8), offsets([16] * sequences)
+        form = {"workspace_bytes": 1 << 20, "max_seqlen": max_seqlen, "reduction": "sum", "impl": "triton"}
+        with counted(monkeypatch) as names:
+            sf.interaction_loss_from_qk(q, q, cu_seqlens=cu_seqlens, **form)
+        return names.count("packed_gram_kernel")
+
+    assert launches(16, None) == 3
+    assert launches(32, None) == 10
+    assert launches(16, 16) == 1
+    assert launches(32, 16) == 2

@@ -18,12 +18,14 @@ pytestmark = [
 ]
 
 
-def interact(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, workspace_bytes: int | None = None) -> tuple[Tensor, ...]:
+def interact(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, workspace_bytes: int | None = None, max_seqlen: int | None = None
+) -> tuple[Tensor, ...]:
     from safr_fast.kernels import launch
 
     return launch.interaction_from_qk(
         q, k, None, cu_seqlens, scale=0.3, is_causal=True, squared=True, exclude_diagonal=False, need_grad=True,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=workspace_bytes, max_seqlen=max_seqlen,
     )  # fmt: skip
 
 
@@ -38,6 +40,32 @@ def test_chunks_do_not_show(packed: bool, workspace_bytes: int) -> None:
     at_once = interact(q, k, cu_seqlens)
     for whole, chunked in zip(at_once, interact(q, k, cu_seqlens, workspace_bytes), strict=True):
         assert torch.equal(whole, chunked)
+
+
+@pytest.mark.parametrize("workspace_bytes", [None, 1], ids=["at once", "one at a time"])
+@pytest.mark.parametrize("max_seqlen", [70, 71, 1000])
+def test_the_width_of_strips_does_not_show(max_seqlen: int, workspace_bytes: int | None) -> None:
+    q, k, cu_seqlens = normal(150, 2, 8, seed=1), normal(150, 1, 8, seed=2), offsets([33, 70, 0, 42], DEVICE)
+    q, k = q.to(DEVICE), k.to(DEVICE)
+    for expected, result in zip(
+        interact(q, k, cu_seqlens), interact(q, k, cu_seqlens, workspace_bytes, max_seqlen), strict=True
+    ):
+        assert torch.equal(expected, result)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+@pytest.mark.parametrize("max_seqlen", [0, 30, 64, 69])
+def test_a_sequence_beyond_max_seqlen_has_no_number_and_harms_no_other(max_seqlen: int) -> None:
+    q, k = normal(150, 2, 8, seed=1).to(DEVICE), normal(150, 1, 8, seed=2).to(DEVICE)
+    cu_seqlens = offsets([20, 70, 60], DEVICE)
+    loss, grad_q, grad_k = interact(q, k, cu_seqlens, None, max_seqlen)
+    expected = interact(q, k, cu_seqlens)
+    within = torch.tensor([20, 70, 60], device=DEVICE) <= max_seqlen
+    assert loss[~within].isnan().all()
+    assert torch.equal(loss[within], expected[0][within])
+    tokens = within.repeat_interleave(cu_seqlens.diff())
+    for gradient, whole in zip((grad_q, grad_k), expected[1:], strict=True):
+        assert torch.equal(gradient[tokens], whole[tokens])
 
 
 def test_chunks_of_stored_attention_do_not_show() -> None:

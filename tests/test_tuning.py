@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DEVICE, normal
+from support import DEVICE, lengths_mask, normal
 from torch import Tensor
 
 import safr_fast as sf
@@ -123,7 +123,7 @@ def test_what_is_not_of_the_kind_is_tried_for_itself(tmp_path: Path, kernel: str
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_launches_say_how_long_their_sequences_are(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
-    monkeypatch.setattr(launch, "tuned", lambda launch, x, tokens: said.append(tokens) or launch())
+    monkeypatch.setattr(launch, "tuned", lambda launch, x, tokens, **_: said.append(tokens) or launch())
     h, cu_seqlens = normal(2, 20, 4), None
     q = k = normal(2, 1, 20, 4)
     if packed:
@@ -220,6 +220,20 @@ def test_results_that_are_not_finite_choose_nothing(tmp_path: Path) -> None:
     assert chosen.timer.timed == 0
     assert len(launched) == 3  # nor is anything launched twice
     assert not list(tmp_path.iterdir())
+
+
+def test_a_ragged_batch_on_the_moment_path_chooses(
+    tmp_path: Path, uninitialised_is_nan: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its short sequences have no moment, and nobody writes a norm of it."""
+    monkeypatch.setattr(tuning, "EXECUTION", {"num_stages": (4,)})
+    monkeypatch.setattr(tuning, "VARIED", {})
+    h, mask = normal(2, 300, 32), lengths_mask([300, 7], 300)
+    chosen = tuner(tmp_path, most_stages)
+    with tuning.using(chosen):
+        *_, moment_norm = launch.importance(h, mask, None, 0.0, 1.0, True, True)
+    assert moment_norm[1].isnan()
+    assert {name.split(" of ")[0] for name in chosen.served} >= {"moment_and_short", "quadratic_form"}
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,7 @@ def interaction_from_qk(
     exclude_diagonal: bool,
     need_grad: bool,
     workspace_bytes: int | None,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     packed = cu_seqlens is not None
     q, k = _inner_contiguous(q), _inner_contiguous(k)

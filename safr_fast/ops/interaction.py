@@ -20,8 +20,8 @@ _library.define(
 )
 _library.define(
     "interaction_from_qk(Tensor q, Tensor k, Tensor? mask, Tensor? cu_seqlens, float scale, bool is_causal,"
-    " bool squared, bool exclude_diagonal, bool need_grad, str impl, int? workspace_bytes=None)"
-    " -> (Tensor, Tensor, Tensor)"
+    " bool squared, bool exclude_diagonal, bool need_grad, str impl, int? workspace_bytes=None,"
+    " SymInt? max_seqlen=None) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -49,9 +49,10 @@ def _from_qk(
     need_grad: bool,
     impl: str,
     workspace_bytes: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return dispatch.module(impl).interaction_from_qk(
-        q, k, mask, cu_seqlens, scale, is_causal, squared, exclude_diagonal, need_grad, workspace_bytes
+        q, k, mask, cu_seqlens, scale, is_causal, squared, exclude_diagonal, need_grad, workspace_bytes, max_seqlen
     )
 
 
@@ -107,9 +108,9 @@ class InteractionFromQK(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *options: Any
     ) -> Tensor:
-        *formula, impl, workspace_bytes = options
+        *formula, impl, workspace_bytes, max_seqlen = options
         total, grad_q, grad_k = torch.ops.safr_fast.interaction_from_qk(
-            q, k, mask, cu_seqlens, *formula, True, impl, workspace_bytes
+            q, k, mask, cu_seqlens, *formula, True, impl, workspace_bytes, max_seqlen
         )
         ctx.save_for_backward(q, k, cu_seqlens, grad_q, grad_k)
         return total
@@ -125,7 +126,7 @@ class InteractionFromQK(torch.autograd.Function):
             factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
         scaled_q = ScaledGradient.apply(grad_q, factor, q) if ctx.needs_input_grad[0] else None
         scaled_k = ScaledGradient.apply(grad_k, factor, k) if ctx.needs_input_grad[1] else None
-        return scaled_q, scaled_k, *(None,) * 8
+        return scaled_q, scaled_k, *(None,) * 9
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -175,6 +176,7 @@ def interaction_from_qk(
     exclude_diagonal: bool,
     impl: dispatch.Impl,
     workspace_bytes: int | None,
+    max_seqlen: int | None,
 ) -> Tensor:
     """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
     chosen = dispatch.choose(impl, q, k)
@@ -192,5 +194,6 @@ def interaction_from_qk(
         )
     formula = (scale, is_causal, squared, exclude_diagonal)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, chosen, workspace_bytes)
-    return torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *formula, False, chosen, workspace_bytes)[0]
+        return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, chosen, workspace_bytes, max_seqlen)
+    options = (*formula, False, chosen, workspace_bytes, max_seqlen)
+    return torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *options)[0]

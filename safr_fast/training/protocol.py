@@ -74,7 +74,8 @@ class Masked(Protocol):
         return cast(ClassifierOutput, model(batch.ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen))
 
     def regularised(self, output: ClassifierOutput, batch: Batch) -> dict[str, Any]:
-        return {"hidden": output.hidden, "qk": output.qk, "cu_seqlens": batch.cu_seqlens}
+        packed = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+        return {"hidden": output.hidden, "qk": output.qk, **packed}
 
     def mean_gate(self, gate: Tensor, batch: Batch) -> tuple[Tensor, Tensor | int]:
         return gate.sum() / max(len(gate), 1), len(gate)
