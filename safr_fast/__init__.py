@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         polysemanticity,
         row_energy,
     )
+    from safr_fast.integrations.attention import record_qk
     from safr_fast.loss import LossParts, SAFRLoss
     from safr_fast.ops.dispatch import Backend, available_backends
 
@@ -35,11 +36,12 @@ __all__ = [
     "interaction_loss_from_qk",
     "interference",
     "polysemanticity",
+    "record_qk",
     "row_energy",
 ]
 
 # Public names are imported when first asked for: torch takes seconds to load, which help and errors need not wait for.
-_HOMES = ("errors", "functional", "loss", "ops.dispatch")
+_HOMES = ("errors", "functional", "loss", "ops.dispatch", "integrations.attention")
 
 
 def __getattr__(name: str) -> Any:

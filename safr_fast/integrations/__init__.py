@@ -1,1 +1,1 @@
-"""Meeting other software where it is: PyTorch's process groups."""
+"""Meeting other software where it is: models that keep their queries and keys, PyTorch's process groups."""

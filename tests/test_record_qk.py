@@ -1,0 +1,141 @@
+"""Queries and keys taken from models as they run: the loss of what was recorded is that of the model's own weights."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import lengths_mask, normal
+from torch import Tensor, nn
+
+import safr_fast as sf
+
+TOKENS = 12
+
+
+def same(qk: list[tuple[Tensor, Tensor]], weights: list[Tensor], mask: Tensor | None = None, **form: bool) -> None:
+    """Of recorded queries and keys, and of the weights of as many layers."""
+    for (q, k), attention in zip(qk, weights, strict=True):
+        torch.testing.assert_close(
+            sf.interaction_loss_from_qk(q, k, mask, impl="reference", **form),
+            sf.interaction_loss(attention, mask, impl="reference"),
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 16, "vdim": 16}, {"bias": False}], ids=["", "other keys", "no bias"])
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["alone", "batch"])
+def test_multi_head_attention(batch: tuple[int, ...], options: dict) -> None:
+    layer = nn.MultiheadAttention(32, 4, batch_first=True, **options)
+    x = normal(*batch, TOKENS, 32)
+    other = normal(*batch, TOKENS, layer.kdim)
+    with sf.record_qk() as qk:
+        _, weights = layer(x, other, other, average_attn_weights=False)
+    same(qk, [weights.view(-1, 4, TOKENS, TOKENS)])
+    gradients = torch.autograd.grad(sf.interaction_loss_from_qk(*qk[0]), list(layer.parameters()), allow_unused=True)
+    assert gradients[0].any()
+
+
+def test_every_layer_of_an_encoder_is_seen_in_training_and_evaluation() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 3)
+    x = normal(2, TOKENS, 32)
+    with sf.record_qk() as qk:
+        encoder(x)
+    assert [q.requires_grad for q, _ in qk] == [True] * 3
+    with torch.no_grad(), sf.record_qk() as qk:
+        encoder.eval()(x)
+    assert [tuple(k.shape) for _, k in qk] == [(2, 4, TOKENS, 8)] * 3
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.3])
+def test_the_scale_of_dot_product_attention_goes_into_the_queries(scale: float | None) -> None:
+    q, k, v = (normal(2, 4, TOKENS, 16, seed=seed) for seed in range(3))
+    with sf.record_qk() as qk:
+        F.scaled_dot_product_attention(q, k, v, scale=scale)
+        F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], scale=scale)
+    weights = ((0.25 if scale is None else scale) * q @ k.mT).softmax(-1)
+    same(qk, [weights, weights[:, :1]])
+
+
+def test_attention_to_another_length_is_left_out() -> None:
+    q, k = normal(2, 4, TOKENS, 8), normal(2, 4, 5, 8)
+    with sf.record_qk() as qk:
+        F.scaled_dot_product_attention(q, k, k)
+        F.scaled_dot_product_attention(k, k, k)
+    assert [tuple(q.shape) for q, _ in qk] == [(2, 4, 5, 8)]
+
+
+def test_nothing_seen_is_an_error_unless_one_is_on_its_way() -> None:
+    with pytest.raises(ValueError, match=r"no self-attention was seen: .*attn_implementation=\"sdpa\""), sf.record_qk():
+        normal(2, 2).softmax(-1)
+    with pytest.raises(KeyError), sf.record_qk():
+        raise KeyError
+
+
+def attend(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x.flip(-1), x, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.TransformerEncoderLayer(8, 4, 64, dropout=0.0), attend], ids=["module", "function"]
+)
+def test_checkpointed_layers_have_the_same_gradients_or_raise(layer: Callable[[Tensor], Tensor]) -> None:
+    x = normal(2, TOKENS, 8).requires_grad_()
+
+    def gradient(run: Callable[[Tensor], Tensor]) -> Tensor:
+        with sf.record_qk() as qk:
+            out = run(x)
+        return torch.autograd.grad(out.sum() + 100 * sf.interaction_loss_from_qk(*qk[0]), x)[0]
+
+    checkpointed = gradient(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))
+    torch.testing.assert_close(checkpointed, gradient(layer))
+    with pytest.raises(RuntimeError, match="use_reentrant=False where it is checkpointed"):
+        gradient(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True))
+
+
+def hugging_face(name: str) -> nn.Module:
+    import transformers
+
+    size = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+    deep = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    if name == "bert":
+        return transformers.BertForSequenceClassification(transformers.BertConfig(**size, **deep))
+    if name == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **size))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **size, **deep))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_models_of_hugging_face(name: str, compiled: bool) -> None:
+    """With positions, grouped keys and causality as each has them; the last two by its attention mask's shape."""
+    model = hugging_face(name).eval()
+    ids = torch.randint(3, 100, (3, TOKENS), generator=torch.Generator().manual_seed(0))
+    mask = lengths_mask([TOKENS, 8, 3], TOKENS)
+    model.set_attn_implementation("sdpa")
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    with sf.record_qk() as qk:
+        run(input_ids=ids, attention_mask=mask.long())
+    model.set_attn_implementation("eager")
+    weights = model(input_ids=ids, attention_mask=mask.long(), output_attentions=True).attentions
+    same(qk, weights, mask, is_causal=name != "bert")
+    assert all(q.requires_grad for q, _ in qk)
+
+
+def test_the_readme_example_trains() -> None:
+    """As printed, but for the pretrained weights."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import transformers.*?)```", text, re.DOTALL)
+    model = hugging_face("bert")
+    example, loaded = re.subn(r"model = transformers\..*\n|tokenizer = .*\n", "", example)
+    assert loaded == 2
+    batch = {
+        "input_ids": torch.randint(3, 100, (2, TOKENS)),
+        "attention_mask": lengths_mask([TOKENS, 4], TOKENS).long(),
+    }
+    names = {"model": model, "tokenizer": lambda *_, **__: batch}
+    exec(example, names)
+    for parameter in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.attention.self.query.weight"):
+        assert model.get_parameter(parameter).grad.any()
