@@ -20,6 +20,7 @@ from safr_fast.data import Truth, Vocabulary, synthetic
 from safr_fast.data.batches import Batch, EncodedSplit, by_length, token_buckets
 from safr_fast.errors import BackendUnavailable
 from safr_fast.nn import ClassifierOutput, TransformerClassifier
+from safr_fast.reproduction.config import ReproductionConfig
 from safr_fast.training import (
     ModelConfig,
     OptionError,
@@ -442,3 +443,8 @@ def test_agreement_reads_gates_by_role_and_attention_on_pairs() -> None:
     assert summary["gate_sentiment"] == pytest.approx(0.7)
     assert summary["gate_auc"] == 1.0
     assert summary["pair_attention"] == pytest.approx(3 * 2 / 4)
+
+
+def test_folders_may_be_strings() -> None:
+    for config in (TrainConfig(data_dir="data", out="runs/a"), ReproductionConfig(data_dir="data", out="runs/a")):
+        assert (config.data_dir, config.out) == (Path("data"), Path("runs/a"))

@@ -38,7 +38,7 @@ def evaluate_run(
     run: Path,
     config: EvaluationConfig | None = None,
     *,
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     device: str = "auto",
     file: str = FILE,
 ) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def evaluate_run(
     model, vocabulary, trained = load_run(run)
     model = model.to(choose_device(device))
     if data_dir is not None:
-        trained = dataclasses.replace(trained, data_dir=data_dir)
+        trained = dataclasses.replace(trained, data_dir=Path(data_dir))
     split = _drawn(load_corpus(trained).test, config)
     predictor = Predictor(model, vocabulary, trained)
     if config.rankers:  # a name that is asked for in vain is said before the work

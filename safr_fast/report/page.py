@@ -35,7 +35,7 @@ class Report:
     figures: Path
 
 
-def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: Path | None = None) -> Report:
+def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Path | None = None) -> Report:
     """Write ``report.html`` into a run's folder, and each figure as SVG into its folder ``figures``.
 
     Args:

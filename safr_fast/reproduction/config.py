@@ -8,7 +8,7 @@ from typing import Any, Literal
 from safr_fast.data.sources import Dataset
 from safr_fast.evaluation.config import EvaluationConfig
 from safr_fast.reproduction.settings import Setting, rows
-from safr_fast.training.config import ModelConfig, TrainConfig, Variant
+from safr_fast.training.config import ModelConfig, TrainConfig, Variant, as_paths
 from safr_fast.training.errors import OptionError
 
 Target = Literal["table1", "table2", "table3", "figure3"]
@@ -51,6 +51,7 @@ class ReproductionConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        as_paths(self, "data_dir", "out")
         if self.seeds < 1:
             raise OptionError(f"seeds must be at least 1, got {self.seeds!r}")
         if self.normalised < 0:

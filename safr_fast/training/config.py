@@ -121,6 +121,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        as_paths(self, "data_dir", "out")
         self.model.check()
         for name in (
             "batch_size",
@@ -167,8 +168,14 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        paths = {name: Path(values[name]) for name in ("data_dir", "out") if values[name] is not None}
-        return cls(**(values | paths | {"model": ModelConfig(**values["model"])}))
+        return cls(**(values | {"model": ModelConfig(**values["model"])}))
+
+
+def as_paths(config: object, *names: str) -> None:
+    """Makes paths of strings, in a frozen dataclass that is being made."""
+    for name in names:
+        if isinstance(value := getattr(config, name), str):
+            object.__setattr__(config, name, Path(value))
 
 
 def _at_least(config: object, name: str, least: int) -> None:
