@@ -12,7 +12,7 @@ import pytest
 import torch
 from bench_training_step import Training, ours, plain, task
 from comparison import WRONG, gradients, relative_error
-from gpu import CASES, DTYPES, Case, Peaks, losses, measure, measure_step, providers_of
+from gpu import CASES, DTYPES, Case, Peaks, measure, measure_step, providers_of
 from safr_fast.kernels.timing import Timer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU to measure on")
@@ -32,10 +32,11 @@ def peaks(timer: Timer) -> Peaks:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
 def bench_loss(benchmark, case: Case, timer: Timer, peaks: Peaks) -> None:
     benchmark.group = f"{case.kind}, on a GPU"
-    benchmark.extra_info |= {"case": "×".join(map(str, case.shape)), "length": case.shape[-2]}
+    length = max(case.lengths, default=case.shape[-2])
+    benchmark.extra_info |= {"case": "×".join(map(str, case.shape)), "length": length}
     rows = {provider.name: measure(case, provider, timer, peaks, "cuda") for provider in providers_of(case)}
     inputs = case.inputs("cuda", torch.bfloat16)
-    record(benchmark, rows, peaks, lambda: gradients(losses()[case.kind]["ours"], inputs))
+    record(benchmark, rows, peaks, lambda: gradients(case.losses("cuda")["ours"], inputs))
 
 
 @pytest.mark.parametrize("length", [256, 512, 1024])

@@ -13,6 +13,7 @@ from typing import Any
 import formulas
 import torch
 from comparison import WRONG, Loss, gradients, relative_error
+from ragged import Layout, imdb_lengths
 from safr_fast.kernels import roofline
 from safr_fast.kernels.timing import Timer, graph_of
 from torch import Tensor
@@ -24,9 +25,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Case:
     """Inputs of one shape, and the least known exact work on them."""
 
-    kind: str  # of losses()
-    shape: tuple[int, ...]  # (B, T, E), (B, H, T, D), or (B, H, T, T)
+    kind: str
+    shape: tuple[int, ...]  # (B, T, E), (B, H, T, D), or (B, H, T, T); packed (N, E) or (N, H, D)
     floor: float  # operations, forward and backward
+    lengths: tuple[int, ...] = ()  # of packed samples
 
     @classmethod
     def hidden(cls, kind: str, B: int, T: int, E: int) -> "Case":
@@ -40,27 +42,47 @@ class Case:
     def attention(cls, B: int, H: int, T: int) -> "Case":
         return cls("interaction from A", (B, H, T, T), B * formulas.interaction_floor(T, H))
 
+    @classmethod
+    def packed_hidden(cls, lengths: Sequence[int], E: int) -> "Case":
+        floor = sum(formulas.row_energy_floor(T, E) for T in lengths)
+        return cls("importance loss, packed", (sum(lengths), E), floor, tuple(lengths))
+
+    @classmethod
+    def packed_query_key(cls, lengths: Sequence[int], H: int, D: int) -> "Case":
+        floor = sum(formulas.interaction_floor(T, H, D) for T in lengths)
+        return cls("interaction from q, k, packed", (sum(lengths), H, D), floor, tuple(lengths))
+
     @property
     def title(self) -> str:
         return f"{self.kind}, {'×'.join(map(str, self.shape))}"
 
+    @property
+    def count(self) -> int:
+        """Of inputs."""
+        return 2 if "q, k" in self.kind else 1
+
+    def losses(self, device: str) -> dict[str, Loss]:
+        """The plain formula first: in float64 it is the oracle."""
+        if not self.lengths:
+            return dense_losses()[self.kind]
+        layout = Layout.of(self.lengths, device)
+        return layout.interaction() if self.count == 2 else layout.importance()
+
     def inputs(self, device: str, dtype: torch.dtype, part: bool = False) -> list[Tensor]:
-        """All, or one sample and head, which costs little in float64."""
+        """All, or of padded ones one sample and head, which costs little in float64."""
         generator = torch.Generator(device).manual_seed(0)
-        shape = (*(1 for _ in self.shape[:-2]), *self.shape[-2:]) if part else self.shape
-        count = 2 if self.kind == "interaction from q, k" else 1
-        inputs = [2 * torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
+        one = part and not self.lengths
+        shape = (*(1 for _ in self.shape[:-2]), *self.shape[-2:]) if one else self.shape
+        inputs = [2 * torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(self.count)]
         return [x.softmax(-1) for x in inputs] if self.kind == "interaction from A" else inputs
 
     def least_bytes(self, dtype: torch.dtype) -> float:
         """Each input read once, and its gradient written once."""
-        count = 2 if self.kind == "interaction from q, k" else 1
-        return 2 * count * float(torch.Size(self.shape).numel()) * dtype.itemsize
+        return 2 * self.count * float(torch.Size(self.shape).numel()) * dtype.itemsize
 
 
 @functools.cache
-def losses() -> dict[str, dict[str, Loss]]:
-    """The plain formula first: in float64 it is the oracle."""
+def dense_losses() -> dict[str, dict[str, Loss]]:
     import safr_fast as sf
 
     def row_energy(h: Tensor) -> Tensor:
@@ -91,12 +113,16 @@ CASES = [
     *(Case.query_key(roofline.HEADS // 8, 8, T, roofline.D) for T in roofline.INTERACTION),
     *(Case.hidden("row energy", roofline.B, T, roofline.E) for T in roofline.IMPORTANCE),
     *(Case.attention(roofline.HEADS // 8, 8, T) for T in roofline.INTERACTION if T <= LONGEST_STORED),
+    Case.packed_hidden(imdb_lengths(), roofline.E),
+    Case.packed_query_key(imdb_lengths(), 8, roofline.D),
 ]
 DRY_CASES = [
     Case.hidden("importance loss", 2, 40, 16),
     Case.query_key(1, 2, 70, 16),
     Case.hidden("row energy", 2, 40, 16),
     Case.attention(1, 1, 40),
+    Case.packed_hidden([20, 9], 16),
+    Case.packed_query_key([70, 9], 2, 16),
 ]
 
 
@@ -110,21 +136,23 @@ class Provider:
 
     @property
     def name(self) -> str:
-        exact = f" {self.precision}" if self.loss == "ours" and self.dtype == "float32" else ""
+        exact = f" {self.precision}" if self.loss.startswith("ours") and self.dtype == "float32" else ""
         return f"{self.loss} {self.dtype}{exact}"
 
 
 # Ours first, then what takes longest to compile last: time may run out.
 PROVIDERS = [
     Provider("ours", "bfloat16"),
+    Provider("ours padded", "bfloat16"),
     *(Provider("ours", "float32", precision) for precision in ("highest", "high", "medium")),
     *(Provider(loss, dtype) for loss in ("eager", "compiled", "algebra compiled") for dtype in DTYPES),
 ]
-DRY_PROVIDERS = [Provider("ours", "float32")]
+DRY_PROVIDERS = [Provider("ours", "float32"), Provider("ours padded", "float32")]
 
 
 def providers_of(case: Case, providers: Sequence[Provider] = PROVIDERS) -> Iterator[Provider]:
-    return (provider for provider in providers if provider.loss in losses()[case.kind])
+    own = ("eager", "compiled", "ours", "ours padded") if case.lengths else dense_losses()[case.kind]
+    return (provider for provider in providers if provider.loss in own)
 
 
 @dataclass(frozen=True)
@@ -159,7 +187,8 @@ class Peaks:
 def measure(case: Case, provider: Provider, timer: Timer, peaks: Peaks, device: str) -> dict[str, Any]:
     """Error on a part of the case, then time, rates and memory on all of it; or why there are none."""
     dtype = DTYPES[provider.dtype]
-    loss, plain = losses()[case.kind][provider.loss], losses()[case.kind]["eager"]
+    losses = case.losses(device)
+    loss, plain = losses[provider.loss], losses["eager"]
 
     def error() -> float:
         part = case.inputs(device, dtype, part=True)
@@ -170,7 +199,7 @@ def measure(case: Case, provider: Provider, timer: Timer, peaks: Peaks, device: 
         inputs = case.inputs(device, dtype)
         return lambda: gradients(loss, inputs)
 
-    row = measure_step(error, step_of, timer, device, provider.precision, capture=provider.loss == "ours")
+    row = measure_step(error, step_of, timer, device, provider.precision, capture=provider.loss.startswith("ours"))
     if "ms" in row:
         row |= peaks.rates(row["ms"], case.floor, case.least_bytes(dtype), provider.dtype)
     return row

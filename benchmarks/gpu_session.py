@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from comparison import gradients
-from gpu import CASES, DRY_CASES, DRY_PROVIDERS, DTYPES, PROVIDERS, Case, Peaks, Provider, losses, measure, providers_of
+from gpu import CASES, DRY_CASES, DRY_PROVIDERS, DTYPES, PROVIDERS, Case, Peaks, Provider, measure, providers_of
 from safr_fast.kernels.timing import Timer
 
 HERE = Path(__file__).parent
@@ -75,7 +75,7 @@ def sweep(cases: Sequence[Case], device: str, folder: Path, stop_at: float) -> l
         tuner.deadline = time.perf_counter() + (stop_at - time.perf_counter()) / (len(cases) - number)
         inputs = case.inputs(device, DTYPES["bfloat16" if device == "cuda" else "float32"])
         with tuning.using(tuner):
-            gradients(losses()[case.kind]["ours"], inputs)
+            gradients(case.losses(device)["ours"], inputs)
     return rows
 
 

@@ -89,6 +89,18 @@ def test_providers_are_those_of_the_cpu_and_bfloat16() -> None:
     ]  # fmt: skip
     names = [provider.name for provider in gpu.providers_of(gpu.Case.attention(1, 1, 8))]
     assert not any("algebra" in name for name in names)
+    names = [provider.name for provider in gpu.providers_of(gpu.Case.packed_query_key([5, 3], 2, 4))]
+    assert {name.partition(" bfloat16")[0] for name in names if "bfloat16" in name} == {
+        "ours", "ours padded", "eager", "compiled"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", gpu.DRY_CASES[-2:], ids=lambda case: case.kind)
+def test_packed_cases_pad_what_they_compare_with(case: "gpu.Case") -> None:
+    inputs = case.inputs("cpu", torch.float32)
+    losses = case.losses("cpu")
+    for name in ("ours", "ours padded"):
+        torch.testing.assert_close(losses[name](*inputs), losses["eager"](*inputs))
 
 
 @pytest.mark.parametrize(("error", "why"), [(0.2, "wrong"), (float("nan"), "wrong"), (None, "ZeroDivisionError")])

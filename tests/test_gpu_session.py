@@ -23,7 +23,8 @@ def test_a_dry_run_tests_measures_sweeps_and_writes(tmp_path: Path) -> None:
         assert session[part]["rc"] == 0
         assert session[part]["counts"]["passed"] > 0
     assert {case["kind"] for case in session["cases"]} == {
-        "row energy", "importance loss", "interaction from A", "interaction from q, k"
+        "row energy", "importance loss", "interaction from A", "interaction from q, k", "importance loss, packed",
+        "interaction from q, k, packed",
     }  # fmt: skip
     assert all(case["error"] < 1e-4 and case["ms"] > 0 for case in session["cases"])
     assert all(case["fraction_of_matmul"] > 0 and case["fraction_of_copy"] > 0 for case in session["cases"])
