@@ -6,7 +6,7 @@ again from queries, keys and the softmax's row statistics, wherever a tile of it
 ``head · slots + slot``; a chunk holds the strips from ``strip0`` on.
 
 Strips are as wide as ``longest``, which by the caller's word no sequence exceeds. To check it would mean waiting for
-the device, so the results of one that does are NaN.
+the device, so the loss of one that does is NaN.
 """
 
 import triton
@@ -76,7 +76,7 @@ def packed_softmax_kernel(
     tl.store(row_sum_ptr + out, row_sum, mask=i < stop)
 
 
-@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0", "tiles"])
 def packed_gram_kernel(
     q_ptr, k_ptr, cu_ptr, top_ptr, total_ptr, pair_ptr, phi_ptr, row_term_ptr, loss_ptr,
     S, N, longest, D, group, slots, strip0, pitch, tiles,
@@ -132,7 +132,7 @@ def packed_gram_kernel(
         tl.store(row_term_ptr + (local_strip * tiles + j_tile) * BLOCK + local, tl.sum(row_term, 1))
 
 
-@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0", "tiles"])
 def packed_score_gradient_kernel(
     q_ptr, k_ptr, cu_ptr, top_ptr, total_ptr, row_sum_ptr, pair_ptr, phi_ptr, row_term_ptr, grad_ptr, grad_scale_ptr,
     S, N, longest, D, group, slots, strip0, pitch, tiles,
@@ -254,7 +254,7 @@ def packed_key_gradient_kernel(
     tl.store(grad_k_ptr, grad, mask=inside)
 
 
-@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0"])
+@triton.jit(do_not_specialize=["S", "N", "longest", "slots", "strip0", "tiles"])
 def packed_strip_total_kernel(
     loss_ptr, cu_ptr, strip_loss_ptr,
     S, N, longest, slots, strip0, tiles,

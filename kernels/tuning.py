@@ -177,8 +177,8 @@ class Tuner:
     def run(self, launch: Launch, x: Tensor, tokens: int, unwritten: int = 0) -> tuple[Tensor, ...]:
         """What ``launch`` gives with the configurations chosen for it, trying those that are not chosen yet.
 
-        Its last ``unwritten`` results hold memory that no kernel writes, as the moments of short sequences do: nothing
-        to compare.
+        Its last ``unwritten`` results may hold memory that no kernel writes, such as moments of short sequences: they
+        are not compared.
         """
         kind = Kind.of(x, tokens)
         missing: dict[str, Entry] = {}

@@ -2,27 +2,42 @@
 
 import itertools
 import math
+import reprlib
 
 import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+_OUT_OF_A_ROW = {"(N, E)": "h[0]", "(N, H, D)": "q[0].transpose(0, 1)", "(N)": "ids[0]"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, str | int | float | None):
+        return f"{type(value).__name__} {reprlib.repr(value)}"
+    return kinds(value)
+
+
+def kinds(value: object) -> str:
+    """Its type and, of a list or tuple, those of the first that it holds."""
+    kind = type(value).__name__
+    if not isinstance(value, list | tuple):
+        return kind
+    more = ", ..." if len(value) > 3 else ""
+    return f"{kind} of ({', '.join(map(kinds, value[:3]))}{more})"
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+        several = isinstance(tensor, list | tuple) and all(isinstance(x, Tensor) for x in tensor)
+        remedy = f": pass torch.stack({name})" if several else ""
+        raise TypeError(f"{name} must be a tensor, got {describe(tensor)}{remedy}")
     if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(
-            f"{name} must be a dense tensor, got a nested or sparse one: of a jagged one pass values(), "
-            "and cu_seqlens=offsets().int()"
+            f"{name} must be a dense tensor, got a nested or sparse one: of a jagged one pass values(), of "
+            "(B, H, T, D) values().transpose(0, 1), and cu_seqlens=offsets().int()"
         )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
@@ -48,11 +63,14 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, mask: Tensor | None, packed: Ten
     if mask is not None:
         raise ValueError("mask and cu_seqlens exclude each other: packed input has no padding; pass one of them")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be an int32 tensor of shape (S + 1,), got {describe(cu_seqlens)}")
+        remedy = ": pass cu_seqlens.int()" if isinstance(cu_seqlens, Tensor) else ""
+        raise TypeError(f"cu_seqlens must be an int32 tensor of shape (S + 1,), got {describe(cu_seqlens)}{remedy}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must have shape (S + 1,), starting at 0, got {tuple(cu_seqlens.shape)}")
     if packed.dim() != packed_dims.count(",") + 1:
-        raise ValueError(f"with cu_seqlens the input must be packed {packed_dims}, got {tuple(packed.shape)}")
+        one = packed.dim() == packed_dims.count(",") + 2 and packed.shape[0] == 1
+        remedy = (": take the batch of one off, " + _OUT_OF_A_ROW[packed_dims]) if one else ""
+        raise ValueError(f"with cu_seqlens the input must be packed {packed_dims}, got {tuple(packed.shape)}{remedy}")
     if cu_seqlens.device != packed.device:
         raise ValueError(f"cu_seqlens must be on {packed.device} like its input, got {cu_seqlens.device}")
 
@@ -66,7 +84,9 @@ def check_group(group: object, cu_seqlens: Tensor | None) -> None:
         raise ValueError("group and cu_seqlens exclude each other: spread padded sequences (..., T, E) over the ranks")
 
 
-def check_offsets(cu_seqlens: Tensor | None, tokens: int, *, to_the_end: bool = False) -> None:
+def check_offsets(
+    cu_seqlens: Tensor | None, tokens: int, *, to_the_end: bool = False, max_seqlen: int | None = None
+) -> None:
     """Of values that are at hand: on a GPU they would have to be waited for, and a compiler has none."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -75,33 +95,29 @@ def check_offsets(cu_seqlens: Tensor | None, tokens: int, *, to_the_end: bool = 
         raise ValueError(f"cu_seqlens must start at 0, never fall, and end at or before {tokens}, got {offsets}")
     if to_the_end and offsets[-1] != tokens:
         raise ValueError(f"cu_seqlens must end at {tokens}, the number of tokens, got {offsets}")
+    longest = max((b - a for a, b in itertools.pairwise(offsets)), default=0)
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(f"max_seqlen must be at least {longest}, the tokens of the longest sequence, got {max_seqlen}")
 
 
 def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
-    """Of the lengths where they are at hand, see :func:`check_offsets`."""
     if max_seqlen is None:
         return
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
-        raise TypeError(
-            f"max_seqlen must be None or a whole number of tokens, got {describe(max_seqlen)}: pass .item()"
-        )
+        remedy = ": pass max_seqlen.item()" if isinstance(max_seqlen, Tensor) else ""
+        raise TypeError(f"max_seqlen must be None or a whole number of tokens, got {describe(max_seqlen)}{remedy}")
     if cu_seqlens is None:
         raise ValueError("max_seqlen goes with cu_seqlens: the length of padded input is that of its shape")
-    if max_seqlen < 0:
+    if not torch.compiler.is_compiling() and max_seqlen < 0:  # a compiler may not know what the device counted
         raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    longest = max(cu_seqlens.diff().tolist(), default=0)
-    if longest > max_seqlen:
-        raise ValueError(f"max_seqlen must be at least the length of the longest sequence, {longest}, got {max_seqlen}")
 
 
 def check_hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     check_floating("h", h)
     if h.dim() < 2:
         raise ValueError(f"h must have shape (..., T, E), got {tuple(h.shape)}")
-    check_mask(mask, h.shape[:-1], h)
     check_cu_seqlens(cu_seqlens, mask, h, "(N, E)")
+    check_mask(mask, h.shape[:-1], h)
 
 
 def check_attention(attention: Tensor, mask: Tensor | None) -> None:

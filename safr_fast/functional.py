@@ -2,7 +2,8 @@
 
 ``h`` is ``(..., T, E)``: hidden representations, one row per token; ``mask`` is bool ``(..., T)``, true where a token
 is real. Packed sequences come as ``(N, E)`` with ``cu_seqlens`` ``(S + 1,)`` int32, the offsets at which sequences
-start and the last one ends; a bare ``(N, E)`` is one sequence. Padding may hold anything, NaN included.
+start and the last one ends; a bare ``(N, E)`` is one sequence. Tokens past the last offset are of no sequence, as
+padding is, which may hold anything, NaN included.
 
 ``impl`` names the back end; what each can serve, :func:`safr_fast.available_backends` says:
 
@@ -328,7 +329,7 @@ def interaction_loss_from_qk(
         cu_seqlens: int32 ``(S + 1,)`` offsets of packed sequences; excludes ``mask``.
         max_seqlen: tokens that no packed sequence exceeds; N if None. "triton" works in strips of that width, and in
             more launches the fewer of them fit the workspace; shows in no bit of the result. A longer sequence raises
-            on the CPU; on a GPU, which would have to be waited for, its loss is NaN.
+            on the CPU; "triton", which would have to wait for the device, makes its loss NaN.
         workspace_bytes: as for :func:`interaction_loss`; if None, 256 MiB for packed input.
         impl: back end, see :mod:`safr_fast.functional`.
 

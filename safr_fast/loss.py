@@ -143,7 +143,8 @@ class SAFRLoss(nn.Module):
                 list of such pairs, one for each layer.
             mask: bool ``(B, T)``, true where a token is real: the opposite of PyTorch's ``key_padding_mask``.
             cu_seqlens: int32 ``(S + 1,)`` offsets of packed samples; excludes ``mask`` and ``attention``.
-            max_seqlen: tokens of the longest packed sample, for ``qk`` on a GPU: fewer launches.
+            max_seqlen: tokens that no packed sample exceeds, for ``qk``: see
+                :func:`safr_fast.interaction_loss_from_qk`.
             return_parts: give :class:`LossParts` instead of the total.
 
         Raises:
@@ -192,7 +193,7 @@ class SAFRLoss(nn.Module):
             "impl": self.impl,
         }
         if attention is not None and qk is None:
-            if cu_seqlens is not None:
+            if cu_seqlens is not None or max_seqlen is not None:
                 raise ValueError("cu_seqlens goes with qk: stored attention is padded (B, H, T, T), pass mask with it")
             layers = _layers("attention", attention)
             terms = [functional.interaction_loss(weights, mask, **form) for weights in layers]
@@ -229,7 +230,7 @@ def _layers(name: str, layers: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     if isinstance(layers, Tensor):
         return [layers]
     if not isinstance(layers, list | tuple) or not all(isinstance(layer, Tensor) for layer in layers):
-        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {_kinds(layers)}")
+        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {arguments.kinds(layers)}")
     return layers
 
 
@@ -239,7 +240,9 @@ def _pairs(qk: Pair | list[Pair]) -> list[Pair]:
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair) for pair in pairs
     ):
-        raise TypeError(f"qk must be (q, k), two tensors, or of several layers a list [(q, k), ...], got {_kinds(qk)}")
+        raise TypeError(
+            f"qk must be (q, k), two tensors, or of several layers a list [(q, k), ...], got {arguments.kinds(qk)}"
+        )
     return pairs
 
 
@@ -254,9 +257,3 @@ def _check_same_tokens(hidden: Any, attention: Any, qk: Any, *, packed: bool) ->
     if len(grids) > 1:
         form = "(N, E) and (N, H, D)" if packed else "(B, T, E), (B, H, T, T) and (B, H, T, D)"
         raise ValueError(f"hidden, attention and q must be of the same tokens, {form}, got {', '.join(grids.values())}")
-
-
-def _kinds(value: object) -> str:
-    """Its type and, of a list or tuple, those of what it holds."""
-    kind = type(value).__name__
-    return f"{kind} of ({', '.join(map(_kinds, value))})" if isinstance(value, list | tuple) else kind

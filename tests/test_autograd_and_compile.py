@@ -180,7 +180,7 @@ def test_compiles_whole_forward_and_backward(name: str, backend: str, dynamic: b
 
 
 @every_backend()
-def test_max_seqlen_is_not_compiled_for(backend: str) -> None:
+def test_max_seqlen_is_not_specialised_on(backend: str) -> None:
     (q, k) = (x.transpose(1, 2).flatten(0, 1) for x in CALLS["interaction_loss_from_qk"].on(device_of(backend)))
     cu_seqlens = offsets([len(q) - 5, 5], device_of(backend))
     with forced(backend) as impl:
@@ -196,6 +196,22 @@ def test_max_seqlen_is_not_compiled_for(backend: str) -> None:
         expected = value_and_gradients(lambda *x: loss(*x, len(q)), (q, k))
     for plain, *results in zip(expected, first, second, strict=True):
         assert all(relative_error(result, plain) < 1e-6 for result in results)
+
+
+@every_backend()
+def test_max_seqlen_may_be_what_only_the_device_knows(backend: str) -> None:
+    (q, k) = (x.transpose(1, 2).flatten(0, 1) for x in CALLS["interaction_loss_from_qk"].on(device_of(backend)))
+    with forced(backend) as impl:
+        torch.compiler.reset()
+
+        def loss(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+            longest = cu_seqlens.diff().max().item()
+            return sf.interaction_loss_from_qk(q, k, cu_seqlens=cu_seqlens, max_seqlen=longest, impl=impl)
+
+        cu_seqlens = offsets([len(q) - 5, 5], device_of(backend))
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(q, k, cu_seqlens)
+        assert relative_error(compiled, loss(q, k, cu_seqlens)) < 1e-6
 
 
 @every_backend()

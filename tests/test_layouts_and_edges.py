@@ -303,6 +303,22 @@ def test_interference_matrix() -> None:
 H, Q, A = torch.zeros(2, 5, 4), torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 5)
 WRONG = {
     "a list": (lambda: sf.row_energy([1.0]), TypeError, "h must be a tensor, got list"),
+    "several": (lambda: sf.row_energy([H, H]), TypeError, r"got list of \(Tensor, Tensor\): pass torch.stack\(h\)"),
+    "a row of sequences": (
+        lambda: sf.row_energy(H[:1], cu_seqlens=offsets([5])),
+        ValueError,
+        r"packed \(N, E\), got \(1, 5, 4\): take the batch of one off, h\[0\]",
+    ),
+    "heads of a row": (
+        lambda: sf.interaction_loss_from_qk(Q[:1], Q[:1], cu_seqlens=offsets([5])),
+        ValueError,
+        r"packed \(N, H, D\), got .*: take the batch of one off, q\[0\].transpose\(0, 1\)",
+    ),
+    "mask of a row": (
+        lambda: sf.row_energy(H[0], H[..., 0] == 0, cu_seqlens=offsets([5])),
+        ValueError,
+        "exclude each other",
+    ),
     "integers": (lambda: sf.row_energy(H.long()), TypeError, "h must be float32, .* got int64"),
     "a vector": (lambda: sf.row_energy(H[0, 0]), ValueError, r"h must have shape \(..., T, E\), got \(4,\)"),
     "float mask": (lambda: sf.capacity(H, H[..., 0]), TypeError, r"mask must be bool .* pass mask.bool\(\)"),
@@ -347,7 +363,7 @@ WRONG = {
     "max_seqlen": (
         lambda: sf.interaction_loss_from_qk(Q[0], Q[0], cu_seqlens=offsets([4]), max_seqlen=torch.tensor(4)),
         TypeError,
-        r"max_seqlen must be None or a whole number of tokens, got int64 \(\) on cpu: pass .item\(\)",
+        r"max_seqlen must be None or a whole number of tokens, got int64 \(\) on cpu: pass max_seqlen.item\(\)",
     ),
     "negative max_seqlen": (
         lambda: sf.interaction_loss_from_qk(Q[0], Q[0], cu_seqlens=offsets([4]), max_seqlen=-1),
@@ -357,7 +373,7 @@ WRONG = {
     "max_seqlen below a length": (
         lambda: sf.interaction_loss_from_qk(Q[0], Q[0], cu_seqlens=offsets([1, 3]), max_seqlen=2),
         ValueError,
-        "max_seqlen must be at least the length of the longest sequence, 3, got 2",
+        "max_seqlen must be at least 3, the tokens of the longest sequence, got 2",
     ),
     "max_seqlen of padded input": (
         lambda: sf.interaction_loss_from_qk(Q, Q, max_seqlen=5),

@@ -32,9 +32,49 @@ def test_multi_head_attention(batch: tuple[int, ...], options: dict) -> None:
     other = normal(*batch, TOKENS, layer.kdim)
     with sf.record_qk() as qk:
         _, weights = layer(x, other, other, average_attn_weights=False)
-    same(qk, [weights.view(-1, 4, TOKENS, TOKENS)])
-    gradients = torch.autograd.grad(sf.interaction_loss_from_qk(*qk[0]), list(layer.parameters()), allow_unused=True)
-    assert gradients[0].any()
+    weights = weights.view(-1, 4, TOKENS, TOKENS)
+    same(qk, [weights])
+    losses = sf.interaction_loss_from_qk(*qk[0], impl="reference"), sf.interaction_loss(weights, impl="reference")
+    for parameter in layer.parameters():
+        recorded, plain = (
+            torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True) for loss in losses
+        )
+        torch.testing.assert_close(recorded, plain)
+
+
+def test_a_layer_compiles_whole_and_differentiates_by_torch_func() -> None:
+    layer, x = nn.MultiheadAttention(32, 4, batch_first=True), normal(2, TOKENS, 32)
+
+    def loss(parameters: dict[str, Tensor], layer: nn.Module = layer) -> Tensor:
+        with sf.record_qk() as qk:
+            torch.func.functional_call(layer, parameters, (x, x, x), {"need_weights": False})
+        return sf.interaction_loss_from_qk(*qk[0], impl="reference")
+
+    parameters = dict(layer.named_parameters())
+    expected = torch.autograd.grad(loss(parameters), layer.in_proj_weight)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(parameters)["in_proj_weight"], expected)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with sf.record_qk() as qk:
+        compiled(x, x, x, need_weights=False)
+    result = sf.interaction_loss_from_qk(*qk[0], impl="reference")
+    torch.testing.assert_close(torch.autograd.grad(result, layer.in_proj_weight)[0], expected)
+
+
+def test_weights_changed_before_backward_are_noticed() -> None:
+    layer, x = nn.MultiheadAttention(32, 4, batch_first=True), normal(2, TOKENS, 32).requires_grad_()
+    with sf.record_qk() as qk:
+        layer(x, x, x)
+    with torch.no_grad():
+        layer.in_proj_weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sf.interaction_loss_from_qk(*qk[0]).backward()
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_keys_of_no_token_are_refused(option: str) -> None:
+    layer, x = nn.MultiheadAttention(32, 4, **{option: True}), normal(TOKENS, 2, 32)
+    with pytest.raises(ValueError, match=option), sf.record_qk():
+        layer(x, x, x)
 
 
 def test_every_layer_of_an_encoder_is_seen_in_training_and_evaluation() -> None:
@@ -54,8 +94,10 @@ def test_the_scale_of_dot_product_attention_goes_into_the_queries(scale: float |
     with sf.record_qk() as qk:
         F.scaled_dot_product_attention(q, k, v, scale=scale)
         F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], scale=scale)
+        F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0], scale=scale)
+        F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
     weights = ((0.25 if scale is None else scale) * q @ k.mT).softmax(-1)
-    same(qk, [weights, weights[:, :1]])
+    same(qk, [weights, weights[:, :1], weights[:1, :1], weights])
 
 
 def test_attention_to_another_length_is_left_out() -> None:
@@ -64,6 +106,8 @@ def test_attention_to_another_length_is_left_out() -> None:
         F.scaled_dot_product_attention(q, k, k)
         F.scaled_dot_product_attention(k, k, k)
     assert [tuple(q.shape) for q, _ in qk] == [(2, 4, 5, 8)]
+    with pytest.raises(ValueError, match="1 calls between sequences of two lengths"), sf.record_qk():
+        F.scaled_dot_product_attention(q, k, k)
 
 
 def test_nothing_seen_is_an_error_unless_one_is_on_its_way() -> None:

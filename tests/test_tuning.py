@@ -123,7 +123,7 @@ def test_what_is_not_of_the_kind_is_tried_for_itself(tmp_path: Path, kernel: str
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_launches_say_how_long_their_sequences_are(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
-    monkeypatch.setattr(launch, "tuned", lambda launch, x, tokens, **_: said.append(tokens) or launch())
+    monkeypatch.setattr(launch, "tuned", lambda launch, x, tokens, *_: said.append(tokens) or launch())
     h, cu_seqlens = normal(2, 20, 4), None
     q = k = normal(2, 1, 20, 4)
     if packed:
@@ -234,6 +234,18 @@ def test_a_ragged_batch_on_the_moment_path_chooses(
         *_, moment_norm = launch.importance(h, mask, None, 0.0, 1.0, True, True)
     assert moment_norm[1].isnan()
     assert {name.split(" of ")[0] for name in chosen.served} >= {"moment_and_short", "quadratic_form"}
+
+
+def test_a_packed_batch_that_ends_early_chooses(
+    tmp_path: Path, uninitialised_is_nan: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows past its last sequence are of none, and nobody writes them."""
+    monkeypatch.setattr(tuning, "EXECUTION", {"num_stages": (4,)})
+    monkeypatch.setattr(tuning, "VARIED", {})
+    chosen = tuner(tmp_path, most_stages)
+    with tuning.using(chosen):
+        launch.importance(normal(40, 16), None, torch.tensor([0, 15, 30], dtype=torch.int32), 0.0, 1.0, True, True)
+    assert chosen.served
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

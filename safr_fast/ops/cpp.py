@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import safr_fast
+from safr_fast import arguments
 from safr_fast.errors import BackendUnavailable
 
 try:
@@ -201,6 +202,8 @@ def interaction_from_qk(
     workspace_bytes: int | None,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if max_seqlen is not None:
+        arguments.check_offsets(cu_seqlens, q.shape[0], max_seqlen=max_seqlen)
     packed = cu_seqlens is not None
     q, k = _inner_contiguous(q), _inner_contiguous(k)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()

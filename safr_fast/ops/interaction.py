@@ -181,7 +181,7 @@ def interaction_from_qk(
     """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
     chosen = dispatch.choose(impl, q, k)
     if chosen == "reference":
-        arguments.check_offsets(cu_seqlens, q.shape[0])
+        arguments.check_offsets(cu_seqlens, q.shape[0], max_seqlen=max_seqlen)
         return reference.interaction_total_from_qk(
             q,
             k,
