@@ -176,7 +176,9 @@ def capacity(h: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None
 
     .. math:: C_i = \frac{(h_i \cdot h_i)^2}{\sum_j (h_i \cdot h_j)^2} = \frac{n2_i}{n2_i + P_i}
 
-    Works on any rows: with the rows of a feature dictionary ``(N, d)`` it is the dimensionality of each feature.
+    Works on any rows: of a feature dictionary ``(N, d)``, a row for each feature, it is the dimensionality of each. The
+    decoder of a sparse autoencoder, an ``nn.Linear(features, d)``, has them as columns: ``capacity(decoder.weight.T)``.
+    Longer texts share the same E dimensions, so means over texts of different lengths do not compare.
 
     Args:
         h: ``(..., T, E)``, or ``(N, E)`` with ``cu_seqlens``.

@@ -62,6 +62,11 @@ class SAFRLoss(nn.Module):
         loss = loss_fn(logits, labels, hidden=gated_embeddings, qk=(q, k), mask=mask)
         loss.backward()
 
+    A model that computes its own task loss hands it through::
+
+        loss_fn = SAFRLoss(variant="released", criterion=lambda loss, _: loss)
+        loss = loss_fn(output.loss, None, hidden=gated_embeddings, qk=qk, mask=mask)
+
     Source: SAFR Eq. 4–6 (arXiv 2501.16374) and the authors' code.
     """
 
@@ -71,7 +76,7 @@ class SAFRLoss(nn.Module):
         lambda_interaction: float = 1.0,
         *,
         variant: Literal["paper", "released"] = "paper",
-        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        criterion: Callable[..., Tensor] | None = None,
         is_causal: bool = False,
         scale: float | None = None,
         impl: Impl = "auto",
@@ -122,7 +127,7 @@ class SAFRLoss(nn.Module):
     def forward(
         self,
         logits: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         *,
         hidden: Tensor | Sequence[Tensor] | None = None,
         attention: Tensor | Sequence[Tensor] | None = None,

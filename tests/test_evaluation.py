@@ -17,11 +17,20 @@ from torch import Tensor
 
 from safr_fast.data import Corpus, Vocabulary, synthetic
 from safr_fast.data.corpus import Split
-from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run, limits, measure, score
+from safr_fast.evaluation import (
+    EvaluationConfig,
+    Predictor,
+    Words,
+    aopc,
+    evaluate_run,
+    limits,
+    measure,
+    normalised,
+    score,
+)
 from safr_fast.evaluation.deletion import count, random_scores, without
 from safr_fast.evaluation.encoding import Encoded
-from safr_fast.evaluation.normalised import aopc, normalised
-from safr_fast.evaluation.places import PLACES, capacity, hidden_states
+from safr_fast.evaluation.places import PLACES, exact_capacity, hidden_states
 from safr_fast.evaluation.run import average_capacity, evaluate_scores
 from safr_fast.evaluation.statistics import bootstrap, paired_test, t_interval
 from safr_fast.evaluation.table import table
@@ -105,13 +114,27 @@ def test_measures_agree_with_a_slow_implementation(data: st.DataObject, k: int) 
     ("changed", "message"),
     [
         ({"texts": ["good film"]}, "texts must be sequences of words, got a string: pass text.split()"),
-        ({"labels": [1]}, "labels must be a tensor of shape (1,), one for each text, got list"),
-        ({"labels": torch.tensor([1, 0])}, "labels must be a tensor of shape (1,), one for each text, got (2,)"),
+        ({"labels": ["good"]}, "labels must be numbers, got list of (str)"),
+        ({"labels": torch.tensor([1, 0])}, "labels must have shape (1,), one for each text, got (2,)"),
+        (
+            {"labels": torch.tensor([1.0])},
+            "labels must be the numbers of classes, whole, got float32 (1,) on cpu: pass",
+        ),
+        ({"labels": [2]}, "labels must be among the 2 classes of predict, from 0, got [2]"),
+        ({"labels": [-1]}, "labels must be among the 2 classes of predict, from 0, got [-1]"),
+        ({"scores": [[0.0, 1.0]]}, "scores must be by the rankers' names, such as {'vmask': [...]}, got list of (list"),
+        ({"scores": {"r": [["a", "b"]]}}, "scores['r'][0] must be numbers, got list of (str, str)"),
+        ({"ks": 30}, "ks must be a list of per cents, got int 30"),
+        ({"ks": [0.1, 0.5]}, "k is in per cent, got [0.1, 0.5]: pass [10.0, 50.0]"),
         ({"scores": {"r": []}}, "scores['r'] must hold a row for each of 1 texts, got 0"),
-        ({"scores": {"r": [torch.zeros(3)]}}, "scores['r'][0] must score at most the text's 2 words, got 3"),
+        ({"scores": {"r": [torch.zeros(3)]}}, "scores['r'][0] must score at most the text's 2 words, got (3,)"),
         ({"scores": {"r": [torch.full((2,), math.nan)]}}, "scores['r'] must be numbers, got NaN"),
         ({"predict": lambda texts: 5 * predict(texts)}, "predict must give class probabilities (3, classes)"),
         ({"predict": lambda texts: predict(texts)[:, 1]}, "each row summing to 1, got shape (3,): of scores take"),
+        (
+            {"predict": lambda texts: predict(texts)[1:]},
+            "probabilities (3, classes), each row summing to 1, got shape (2",
+        ),
     ],
 )
 def test_input_that_would_give_plausible_nonsense_is_named(changed: dict[str, Any], message: str) -> None:
@@ -120,9 +143,29 @@ def test_input_that_would_give_plausible_nonsense_is_named(changed: dict[str, An
         "texts": [["good", "film"]],
         "labels": torch.tensor([1]),
         "scores": {"r": [torch.zeros(2)]},
+        "ks": [30],
     }
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        measure(*(arguments | changed).values(), [30])
+        measure(*(arguments | changed).values())
+
+
+def test_lists_arrays_16_bits_and_batches_give_the_same() -> None:
+    texts = [["good", "film"], ["bad"], ["not", "bad", "fine", "film"]]
+    scores = [[0.1, 0.9], [1.0], [0.3, 0.2, 0.9, 0.4]]
+    sizes = []
+
+    def counting(texts: Sequence[Words]) -> Any:
+        sizes.append(len(texts))
+        return predict(texts).numpy()
+
+    expected = measure(predict, texts, torch.tensor([1, 0, 1]), {"r": [torch.tensor(row) for row in scores]}, [30, 60])
+    by_list = measure(counting, texts, [1, 0, 1], {"r": scores}, (30, 60), batch_size=4)
+    assert max(sizes) == 4
+    half = measure(lambda texts: predict(texts).bfloat16(), texts, [1, 0, 1], {"r": scores}, [30, 60])
+    for k in (30, 60):
+        for name, values in expected["r"][k].items():
+            assert torch.equal(values, by_list["r"][k][name])
+            torch.testing.assert_close(values, half["r"][k][name], atol=0.02, rtol=0.02)
 
 
 def test_a_k_that_is_no_per_cent_is_named() -> None:
@@ -213,7 +256,7 @@ def test_capacity_is_the_formula_at_any_scale_of_a_row(scale: float) -> None:
     h[0, 1:3] *= scale
     h[1] *= scale
     mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
-    found = capacity(h.masked_fill(~mask[..., None], float("nan")), mask)
+    found = exact_capacity(h.masked_fill(~mask[..., None], float("nan")), mask)
     for b, length in ((0, 5), (1, 3)):
         for i in range(length):
             own = h[b, i].double()

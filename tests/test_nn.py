@@ -31,6 +31,20 @@ def classifier(kind: type[TransformerClassifier] = SAFRClassifier, **options: ob
     return kind(20, **(SIZES | {"mask_hidden": 8} if kind is SAFRClassifier else SIZES), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 0}, "dim and hidden must be at least 1, got 0 and 8"),
+        ({"hidden": 0}, "dim and hidden must be at least 1, got 16 and 0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": math.nan}, "temperature must be above 0, got nan"),
+    ],
+)
+def test_a_mask_that_could_not_gate_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VMASK(**({"dim": 16, "hidden": 8} | options))
+
+
 def test_the_gate_is_hard_in_training_and_a_probability_in_evaluation() -> None:
     torch.manual_seed(0)
     vmask = VMASK(16, 8)
@@ -39,8 +53,10 @@ def test_the_gate_is_hard_in_training_and_a_probability_in_evaluation() -> None:
     assert torch.allclose(gate, gate.round(), atol=1e-6)
     assert 0 < gate.mean() < 1
     assert (gate == 0).any()
+    in_training = vmask.probability(x)
     vmask.eval()
     probability = vmask(x)
+    assert torch.equal(in_training, probability)
     assert ((probability > 0) & (probability < 1)).all()
     assert torch.equal(probability, vmask(x))
 

@@ -1,5 +1,6 @@
 """The package as installed: what it exports, what importing it costs, and which back ends must be there."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -27,6 +28,23 @@ def python(code: str) -> str:
 def test_every_public_name_is_there_and_explained() -> None:
     for name in sf.__all__:
         assert getattr(sf, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", ["", ".evaluation", ".nn", ".report", ".training"])
+def test_names_are_listed_before_they_are_loaded(name: str) -> None:
+    module = importlib.import_module(f"safr_fast{name}")
+    assert set(module.__all__) <= set(dir(module))
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from safr_fast import evaluation
+
+    for loaded in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.delitem(sys.modules, "safr_fast.evaluation.statistics", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r'scipy is not installed: pip install "safr-fast\[evaluation\]"'):
+        evaluation.bootstrap  # noqa: B018
 
 
 def test_import_loads_no_torch_triton_or_extension() -> None:

@@ -1,8 +1,6 @@
 """Queries and keys taken from models as they run: the loss of what was recorded is that of the model's own weights."""
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -166,20 +164,3 @@ def test_models_of_hugging_face(name: str, compiled: bool) -> None:
     weights = model(input_ids=ids, attention_mask=mask.long(), output_attentions=True).attentions
     same(qk, weights, mask, is_causal=name != "bert")
     assert all(q.requires_grad for q, _ in qk)
-
-
-def test_the_readme_example_trains() -> None:
-    """As printed, but for the pretrained weights."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(import transformers.*?)```", text, re.DOTALL)
-    model = hugging_face("bert")
-    example, loaded = re.subn(r"model = transformers\..*\n|tokenizer = .*\n", "", example)
-    assert loaded == 2
-    batch = {
-        "input_ids": torch.randint(3, 100, (2, TOKENS)),
-        "attention_mask": lengths_mask([TOKENS, 4], TOKENS).long(),
-    }
-    names = {"model": model, "tokenizer": lambda *_, **__: batch}
-    exec(example, names)
-    for parameter in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.attention.self.query.weight"):
-        assert model.get_parameter(parameter).grad.any()

@@ -17,7 +17,7 @@ import safr_fast as sf
 from safr_fast.data import synthetic
 from safr_fast.data.corpus import Split
 from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run
-from safr_fast.evaluation.places import capacity, hidden_states
+from safr_fast.evaluation.places import exact_capacity, hidden_states
 from safr_fast.report import Report, content, figures, page, report_run
 from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, load_run, loop, train
 
@@ -195,7 +195,7 @@ def test_what_is_shown_of_a_text_is_what_the_model_gives(runs: dict[str, Path]) 
     output, states = hidden_states(model, batch.ids, batch.mask)
     assert [word.text for word in shown.words] == text.split()
     for p, h in enumerate(states.values()):
-        expected = capacity(h, batch.mask)[0].tolist()
+        expected = exact_capacity(h, batch.mask)[0].tolist()
         assert [word.values[p] for word in shown.words] == pytest.approx(expected)
         assert shown.largest[p] == pytest.approx(max(expected))
     assert output.gate is not None

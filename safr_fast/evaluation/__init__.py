@@ -1,8 +1,11 @@
 """How faithful a model's own account of its words is: capacity by place, deletion, and other rankers beside it.
 
-:mod:`~safr_fast.evaluation.deletion` and :mod:`~safr_fast.evaluation.normalised` work on any predict function and any
-scores; :mod:`~safr_fast.evaluation.places` and :mod:`~safr_fast.evaluation.rankers` read the paper's classifier;
-:func:`evaluate_run` does all of it for a run.
+On any predict function and any scores: :func:`measure`, what deletion does to each text; :func:`aopc`, :func:`limits`
+and :func:`normalised`, one text's AOPC and where it lies between the least and the most that any order reaches;
+:func:`bootstrap`, :func:`paired_test` and :func:`t_interval`; :func:`evaluate_scores`, all of these for a split.
+
+On the paper's classifier: :func:`hidden_states` and :func:`exact_capacity`, :func:`score` with every ranker,
+:class:`Predictor`, and :func:`evaluate_run`, all of it for a run.
 """
 
 from importlib import import_module
@@ -12,8 +15,8 @@ from safr_fast.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from safr_fast.evaluation.deletion import Predict, Words, measure
-    from safr_fast.evaluation.normalised import aopc, limits
-    from safr_fast.evaluation.places import PLACES, capacity, hidden_states
+    from safr_fast.evaluation.normalised_aopc import aopc, limits, normalised
+    from safr_fast.evaluation.places import PLACES, exact_capacity, hidden_states
     from safr_fast.evaluation.predictor import Predictor
     from safr_fast.evaluation.rankers import score
     from safr_fast.evaluation.run import evaluate_run, evaluate_scores
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 # Loaded when first asked for: the command line reads its options before it waits for torch.
 _HOME = {
     "deletion": ("Predict", "Words", "measure"),
-    "normalised": ("aopc", "limits"),
-    "places": ("PLACES", "capacity", "hidden_states"),
+    "normalised_aopc": ("aopc", "limits", "normalised"),
+    "places": ("PLACES", "exact_capacity", "hidden_states"),
     "predictor": ("Predictor",),
     "rankers": ("score",),
     "run": ("evaluate_run", "evaluate_scores"),
@@ -38,12 +41,13 @@ __all__ = [
     "Words",
     "aopc",
     "bootstrap",
-    "capacity",
     "evaluate_run",
     "evaluate_scores",
+    "exact_capacity",
     "hidden_states",
     "limits",
     "measure",
+    "normalised",
     "paired_test",
     "score",
     "t_interval",
@@ -53,5 +57,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     for home, names in _HOME.items():
         if name in names:
-            return getattr(import_module(f"{__name__}.{home}"), name)
+            try:
+                return getattr(import_module(f"{__name__}.{home}"), name)
+            except ModuleNotFoundError as error:
+                remedy = f'{error.name} is not installed: pip install "safr-fast[evaluation]"'
+                raise ModuleNotFoundError(remedy, name=error.name) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from safr_fast.arguments import describe
+
 Words = Sequence[str]
 Predict = Callable[[Sequence[Words]], Tensor]
 Progress = Callable[[Sequence[range]], Iterator[range]]
@@ -47,22 +49,25 @@ def random_scores(scores: Sequence[Tensor], seed: int) -> list[Tensor]:
 def measure(
     predict: Predict,
     texts: Sequence[Words],
-    labels: Tensor,
-    scores: Mapping[str, Sequence[Tensor]],
+    labels: Tensor | Sequence[int],
+    scores: Mapping[str, Sequence[Tensor | Sequence[float]]],
     ks: Sequence[float],
     *,
     sufficiency: bool = True,
+    batch_size: int | None = None,
     progress: Progress = iter,
 ) -> dict[str, dict[float, dict[str, Tensor]]]:
     """What deletion does to each text, for every ranker and every k.
 
     Args:
-        predict: class probabilities of texts.
+        predict: class probabilities ``(texts, classes)`` of texts.
         texts: N texts, as words.
-        labels: ``(N,)`` true classes.
+        labels: ``(N,)`` true classes, from 0.
         scores: by ranker, for each text the scores of its first words; the highest are deleted first.
-        ks: per cents to delete.
+        ks: per cents to delete: 30, not 0.3.
         sufficiency: also predict the deleted words alone.
+        batch_size: most texts in a call of ``predict``. If None, all variants of 256 texts at once, which are
+            thousands: for a ``predict`` that batches them itself.
         progress: wraps the chunks of texts, for a progress bar.
 
     Returns:
@@ -81,11 +86,8 @@ def measure(
 
     Source: SAFR section 4 (arXiv 2501.16374); DeYoung et al. 2020, *ERASER*; Chen & Ji 2020 for the log-odds.
     """
-    if any(not 0 < k <= 100 for k in ks):
-        raise ValueError(f"k must be above 0 and at most 100 per cent, got {list(ks)}")
-    if len(set(ks)) < len(ks):
-        raise ValueError(f"k must name each per cent once, got {list(ks)}")
-    _check(texts, labels, scores)
+    _check_ks(ks)
+    labels, scores = _checked(texts, labels, scores)
     parts: dict[str, dict[float, list[Tensor]]] = {name: {k: [] for k in ks} for name in scores}
     whole = []
     for rows in progress([range(i, min(i + _CHUNK, len(texts))) for i in range(0, len(texts), _CHUNK)]):
@@ -97,43 +99,82 @@ def measure(
                 variants += [without(texts[i], chosen[i]) for i in rows]
                 if sufficiency:
                     variants += [alone(texts[i], chosen[i]) or texts[i] for i in rows]
-        predictions = iter(_probabilities(predict, variants).split(len(rows)))
+        predictions = iter(probabilities_of(predict, variants, batch_size).split(len(rows)))
         whole.append(next(predictions))
         for name in scores:
             for k in ks:
                 rest = next(predictions)
                 parts[name][k].append(torch.stack([rest, next(predictions)] if sufficiency else [rest]))
     probabilities = torch.cat(whole)  # (N, classes)
+    classes = probabilities.shape[1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels must be among the {classes} classes of predict, from 0, got {labels.unique().tolist()}"
+        )
     return {name: {k: _measures(probabilities, torch.cat(parts[name][k], 1), labels) for k in ks} for name in scores}
 
 
-def _check(texts: Sequence[Words], labels: Tensor, scores: Mapping[str, Sequence[Tensor]]) -> None:
+def _check_ks(ks: Sequence[float]) -> None:
+    if not isinstance(ks, Sequence):
+        raise TypeError(f"ks must be a list of per cents, got {describe(ks)}")
+    if any(not 0 < k <= 100 for k in ks):
+        raise ValueError(f"k must be above 0 and at most 100 per cent, got {list(ks)}")
+    if ks and max(ks) < 1:
+        raise ValueError(f"k is in per cent, got {list(ks)}: pass {[100 * k for k in ks]}")
+    if len(set(ks)) < len(ks):
+        raise ValueError(f"k must name each per cent once, got {list(ks)}")
+
+
+def _checked(
+    texts: Sequence[Words], labels: Tensor | Sequence[int], scores: Mapping[str, Sequence[Tensor | Sequence[float]]]
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Labels and scores as tensors on the CPU."""
     if any(isinstance(text, str) for text in texts):
         raise TypeError("texts must be sequences of words, got a string: pass text.split()")
-    if not isinstance(labels, Tensor) or labels.shape != (len(texts),):
-        got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels must be a tensor of shape ({len(texts)},), one for each text, got {got}")
+    classes = _tensor("labels", labels)
+    if classes.shape != (len(texts),):
+        raise ValueError(f"labels must have shape ({len(texts)},), one for each text, got {tuple(classes.shape)}")
+    if len(texts) and (classes.is_floating_point() or classes.dtype == torch.bool):
+        raise TypeError(f"labels must be the numbers of classes, whole, got {describe(classes)}: pass labels.long()")
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be by the rankers' names, such as {{'vmask': [...]}}, got {describe(scores)}")
+    by_ranker = {}
     for name, rows in scores.items():
         if len(rows) != len(texts):
             raise ValueError(f"scores[{name!r}] must hold a row for each of {len(texts)} texts, got {len(rows)}")
-        for i, (row, words) in enumerate(zip(rows, texts, strict=True)):
-            if len(row) > len(words):
+        by_ranker[name] = [_tensor(f"scores[{name!r}][{i}]", row) for i, row in enumerate(rows)]
+        for i, (row, words) in enumerate(zip(by_ranker[name], texts, strict=True)):
+            if row.dim() != 1 or len(row) > len(words):
                 raise ValueError(
-                    f"scores[{name!r}][{i}] must score at most the text's {len(words)} words, got {len(row)}"
+                    f"scores[{name!r}][{i}] must score at most the text's {len(words)} words, got {tuple(row.shape)}"
                 )
-        if rows and torch.cat(list(rows)).isnan().any():
+        if rows and torch.cat(by_ranker[name]).isnan().any():
             raise ValueError(f"scores[{name!r}] must be numbers, got NaN")
+    return classes, by_ranker
 
 
-def _probabilities(predict: Predict, texts: Sequence[Words]) -> Tensor:
+def _tensor(name: str, values: object) -> Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers, got {describe(values)} ({error})") from None
+
+
+def probabilities_of(predict: Predict, texts: Sequence[Words], batch_size: int | None = None) -> Tensor:
     """float64 ``(texts, classes)`` on the CPU."""
-    p = predict(texts).double().cpu()
-    if p.dim() != 2 or len(p) != len(texts) or not torch.allclose(p.sum(1), torch.ones(len(p)).double(), atol=1e-3):
+    size = batch_size or max(len(texts), 1)
+    given = [_tensor("predict's result", predict(texts[i : i + size])) for i in range(0, len(texts), size)]
+    p = torch.cat(given).double()
+    sums = p.sum(-1)
+    # In 16 bits a softmax comes to 1 only about.
+    slack = max(1e-3, *(4 * torch.finfo(x.dtype).eps for x in given if x.is_floating_point()))
+    if p.dim() != 2 or len(p) != len(texts) or not ((sums - 1).abs() <= slack).all():
+        worst = "" if p.dim() != 2 else f", sums from {sums.min():.4g} to {sums.max():.4g}"
         raise ValueError(
             f"predict must give class probabilities ({len(texts)}, classes), each row summing to 1, got shape "
-            f"{tuple(p.shape)}: of scores take softmax(1)"
+            f"{tuple(p.shape)}{worst}: of scores take softmax(1)"
         )
-    return p
+    return p / sums.unsqueeze(1) if slack > 1e-3 else p
 
 
 def _measures(whole: Tensor, variants: Tensor, labels: Tensor) -> dict[str, Tensor]:

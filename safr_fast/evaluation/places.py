@@ -81,7 +81,7 @@ def hidden_states(
     return output, {place: seen[place] for place in ordered}
 
 
-def capacity(h: Tensor, mask: Tensor) -> Tensor:
+def exact_capacity(h: Tensor, mask: Tensor) -> Tensor:
     r""":func:`safr_fast.capacity` of real tokens, ``(B, T)`` float64, whatever the scale of a row.
 
     :math:`(h_i \cdot h_j)^2` goes with the fourth power of a mask probability; in float64, none that a float32 softmax

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from safr_fast.evaluation.encoding import Encoded, Padded
-from safr_fast.evaluation.places import capacity, hidden_states
+from safr_fast.evaluation.places import exact_capacity, hidden_states
 from safr_fast.nn import TransformerClassifier
 
 _STEPS = 32
@@ -42,7 +42,7 @@ def score(
 
 def _of_batch(model: TransformerClassifier, batch: Padded, gradients: bool) -> dict[str, Tensor]:
     output, states = hidden_states(model, batch.ids, batch.mask)
-    scores = {f"capacity:{place}": capacity(h, batch.mask) for place, h in states.items()}
+    scores = {f"capacity:{place}": exact_capacity(h, batch.mask) for place, h in states.items()}
     if output.gate is not None:
         scores["vmask"] = output.gate
     scores["attention"] = _received(*output.qk[-1], batch.mask)

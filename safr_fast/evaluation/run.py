@@ -13,7 +13,7 @@ from tqdm import tqdm
 from safr_fast.data.corpus import Split
 from safr_fast.evaluation import deletion
 from safr_fast.evaluation.config import EvaluationConfig
-from safr_fast.evaluation.normalised import aopc, limits, normalised
+from safr_fast.evaluation.normalised_aopc import aopc, limits, normalised
 from safr_fast.evaluation.predictor import Predictor
 from safr_fast.evaluation.rankers import Scores, score
 from safr_fast.evaluation.statistics import bootstrap, paired_test
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 def evaluate_run(
-    run: Path,
+    run: str | Path,
     config: EvaluationConfig | None = None,
     *,
     data_dir: str | Path | None = None,
@@ -71,7 +71,26 @@ def evaluate_run(
 def evaluate_scores(
     predict: deletion.Predict, split: Split, scores: Scores, config: EvaluationConfig
 ) -> dict[str, Any]:
-    """Accuracy, average capacities, and by ranker and k every measure with its interval."""
+    """Everything that :func:`safr_fast.evaluation.measure` gives, as means over texts with bootstrap intervals.
+
+    Args:
+        predict: class probabilities ``(texts, classes)`` of texts, each a list of words. It batches them itself.
+        split: N texts, as strings, and their labels.
+        scores: by ranker, for each text a tensor of the scores of its first words. Of those named ``capacity:...`` the
+            average is given too; random deletion is added.
+        config: k, draws of random deletion, sufficiency, the number of short texts for normalised AOPC, the seed.
+
+    Returns:
+        Plain values, for JSON; ``[mean, low, high]`` where they are means over texts. ``accuracy`` of whole texts,
+        ``predicted_positive``, ``capacity`` by place and importance. ``rankers``: by name and ``k``, ``accuracy`` of
+        the rest, ``srs``, ``comprehensiveness``, ``sufficiency``, ``log_odds`` and p of paired tests; and the means
+        over all k, ``aopc_comprehensiveness`` and ``aopc_sufficiency``. ``normalised_aopc``: by ranker, of deleting
+        one word after another.
+
+    Raises:
+        OptionError: ``config`` names a ranker that is not among ``scores``.
+        TypeError, ValueError: as :func:`safr_fast.evaluation.measure`.
+    """
     texts = [text.split() for text in split.texts]
     labels = torch.tensor(split.labels)
     capacities = average_capacity(scores)
@@ -84,7 +103,7 @@ def evaluate_scores(
     )
     control = [measured.pop(name) for name in draws]
     measured[RANDOM] = {k: _mean_of_draws([draw[k] for draw in control]) for k in config.k}
-    whole = predict(texts).argmax(1).cpu()
+    whole = deletion.probabilities_of(predict, texts).argmax(1)
     return {
         "texts": len(texts),
         "one_word_texts": sum(len(words) == 1 for words in texts),

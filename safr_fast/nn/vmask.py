@@ -15,16 +15,30 @@ class VMASK(nn.Module):
     In training :math:`r` is drawn by the straight-through Gumbel-softmax (0 or 1 forward, the relaxation's gradient
     backward); in evaluation the gate is the probability :math:`p_1` itself.
 
+    What it gates goes into the model and, as ``hidden``, into the importance loss. That loss is in units of ``hidden``:
+    where a norm layer follows, the model can shrink it without closing a gate. So put the gate behind the norm.
+
     Args:
         dim: size of an embedding.
         hidden: size of the layer between.
-        temperature: τ of the relaxation.
+        temperature: τ of the relaxation, above 0.
+
+    Raises:
+        ValueError: a size below 1, or a temperature that is not above 0.
+
+    Example::
+
+        hidden = vmask(embedded).unsqueeze(-1) * embedded  # (B, T, E)
 
     Source: Chen & Ji 2020, Learning Variational Word Masks; SAFR (arXiv 2501.16374), whose code takes 1024 and tanh.
     """
 
     def __init__(self, dim: int, hidden: int = 1024, temperature: float = 1.0) -> None:
         super().__init__()
+        if min(dim, hidden) < 1:
+            raise ValueError(f"dim and hidden must be at least 1, got {dim} and {hidden}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature!r}")
         self.hidden = nn.Linear(dim, hidden)
         self.to_logits = nn.Linear(hidden, 2)
         self.temperature = temperature
@@ -37,9 +51,17 @@ class VMASK(nn.Module):
             place: int64 ``(...)``, the row of ``x`` of each token. What depends on the word alone is then computed
                 once per type; in training each token still draws for itself.
         """
-        logits = upcast(self.to_logits(torch.tanh(self.hidden(x))))  # (..., 2): drop, keep
+        logits = self._logits(x)
         if place is not None:
             logits = F.embedding(place, logits)
         if self.training:
             return F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1]
         return logits.softmax(-1)[..., 1]
+
+    def probability(self, x: Tensor) -> Tensor:
+        """:math:`p_1` of each embedding ``(..., E)``, ``(...)``, in training too."""
+        return self._logits(x).softmax(-1)[..., 1]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """``(..., 2)``: drop, keep."""
+        return upcast(self.to_logits(torch.tanh(self.hidden(x))))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safr_fast import functional
 from safr_fast.data.vocabulary import UNKNOWN
-from safr_fast.evaluation.places import capacity, hidden_states, title
+from safr_fast.evaluation.places import exact_capacity, hidden_states, title
 from safr_fast.evaluation.predictor import Predictor
 from safr_fast.nn import TransformerClassifier
 from safr_fast.report import figures
@@ -61,7 +61,7 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
     batch = predictor.encode([text]).batch([0])
     output, states = hidden_states(model, batch.ids, batch.mask)
     length = int(batch.mask.sum())
-    by_place = {place: capacity(h, batch.mask)[0, :length] for place, h in states.items()}
+    by_place = {place: exact_capacity(h, batch.mask)[0, :length] for place, h in states.items()}
     gate = None if output.gate is None else output.gate[0, :length].double()
     importance = by_place["embedding"] if gate is None else gate
     words = [_UNDRAWABLE.sub("\ufffd", word) for word in text.split()]

@@ -9,7 +9,7 @@ Source: Edin et al. 2024, *Normalized AOPC* (arXiv 2408.08137).
 import torch
 from torch import Tensor
 
-from safr_fast.evaluation.deletion import Predict, Words, order, without
+from safr_fast.evaluation.deletion import Predict, Words, order, probabilities_of, without
 
 
 def aopc(predict: Predict, words: Words, scores: Tensor) -> float:
@@ -21,7 +21,7 @@ def aopc(predict: Predict, words: Words, scores: Tensor) -> float:
     _check(words)
     ranked = order(scores)
     steps = min(len(ranked), len(words) - 1)
-    probabilities = predict([words, *(without(words, ranked[:i]) for i in range(1, steps + 1))]).double()
+    probabilities = probabilities_of(predict, [words, *(without(words, ranked[:i]) for i in range(1, steps + 1))])
     curve = probabilities[:, probabilities[0].argmax()]
     return (curve[0] - curve[1:].mean()).item()
 
@@ -36,7 +36,7 @@ def limits(predict: Predict, words: Words, scored: int, *, beam: int = 5) -> tup
         ValueError: fewer than two words, of which none can be deleted.
     """
     _check(words)
-    whole = predict([words]).double()[0]
+    whole = probabilities_of(predict, [words])[0]
     target = whole.argmax()
     steps = min(scored, len(words) - 1)
     found = []
@@ -49,8 +49,8 @@ def limits(predict: Predict, words: Words, scored: int, *, beam: int = 5) -> tup
                     if i not in gone:
                         grown[gone | {i}] = min(total, grown.get(gone | {i}, total))
             sets = list(grown)
-            p = predict([without(words, tuple(gone)) for gone in sets]).double()[:, target]
-            totals = torch.tensor([grown[gone] for gone in sets], dtype=torch.float64) + sign * p.cpu()
+            p = probabilities_of(predict, [without(words, tuple(gone)) for gone in sets])[:, target]
+            totals = torch.tensor([grown[gone] for gone in sets], dtype=torch.float64) + sign * p
             best = totals.argsort(stable=True)[:beam].tolist()
             paths = {sets[i]: totals[i].item() for i in best}
         found.append(whole[target].item() - sign * min(paths.values()) / steps)
