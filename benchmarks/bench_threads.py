@@ -6,21 +6,18 @@ import formulas
 import pytest
 import torch
 from bench_interaction import query_key, weights
-from bench_ragged import imdb_lengths, padded
 from bench_row_energy import hidden
 from comparison import Loss, Provider, compare, exact_gradients, gradients
+from ragged import Layout, imdb_lengths
 from torch import Tensor
 
 import safr_fast as sf
 
 
-def packed_importance(h: Tensor) -> Tensor:
-    return sf.importance_loss(h, cu_seqlens=padded(imdb_lengths())[1])
-
-
-def unpacked_importance(h: Tensor) -> Tensor:
-    mask, _ = padded(imdb_lengths())
-    return formulas.masked_importance(h.new_zeros(*mask.shape, h.shape[-1]).index_put((mask,), h), mask)
+def packed_importance() -> tuple[Loss, Loss, tuple[Tensor, ...]]:
+    lengths = imdb_lengths()
+    losses = Layout.of(lengths).importance()
+    return losses["ours"], losses["eager"], (hidden(1, sum(lengths))[0],)
 
 
 def from_qk(*shape: int) -> tuple[Loss, Loss, tuple[Tensor, ...]]:
@@ -36,11 +33,7 @@ CASES: dict[str, Callable[[], tuple[Loss, Loss, tuple[Tensor, ...]]]] = {
     "importance loss, 32 samples of 128": lambda: importance(32, 128),
     "importance loss, 8 samples of 512": lambda: importance(8, 512),
     "importance loss, 1 sample of 4096": lambda: importance(1, 4096),
-    "importance loss, IMDB's lengths, packed": lambda: (
-        packed_importance,
-        unpacked_importance,
-        (hidden(1, int(imdb_lengths().sum()))[0],),
-    ),
+    "importance loss, IMDB's lengths, packed": packed_importance,
     "interaction from q and k, 32 samples of 128, 2 heads": lambda: from_qk(32, 2, 128),
     "interaction from q and k, 8 samples of 512, 1 head": lambda: from_qk(8, 1, 512),
     "interaction from q and k, 1 sample of 4096, 1 head": lambda: from_qk(1, 1, 4096),
