@@ -17,7 +17,7 @@ def bench_importance_loss(benchmark) -> None:
     lengths = imdb_lengths()
     layout = Layout.of(lengths)
     benchmark.group = f"importance loss, {SAMPLES} samples with IMDB's lengths"
-    benchmark.extra_info |= {"case": layout.real}
+    benchmark.extra_info |= {"case": layout.description}
     h = torch.randn(*layout.mask.shape, WIDTH, generator=torch.Generator().manual_seed(0))
     packed = layout.importance()
 
@@ -37,7 +37,7 @@ def bench_interaction(benchmark) -> None:
     lengths = [min(words, 512) for words in imdb_lengths()[:8]]
     layout = Layout.of(lengths)
     benchmark.group = f"interaction from q and k, 8 samples of {HEADS} heads with IMDB's lengths, cut at 512"
-    benchmark.extra_info |= {"case": layout.real}
+    benchmark.extra_info |= {"case": layout.description}
     generator = torch.Generator().manual_seed(0)
     B, T = layout.mask.shape
     q, k = (torch.randn(B, HEADS, T, HEAD_WIDTH, generator=generator) for _ in range(2))

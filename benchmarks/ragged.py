@@ -37,7 +37,7 @@ class Layout:
         return cls(mask, torch.nn.functional.pad(words.cumsum(0), (1, 0)).int(), mask.flatten().nonzero().squeeze(1))
 
     @property
-    def real(self) -> str:
+    def description(self) -> str:
         return f"{int(self.mask.sum()):,} real tokens of {self.mask.numel():,}"
 
     def padded(self, x: Tensor) -> Tensor:

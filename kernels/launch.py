@@ -29,7 +29,7 @@ def row_energy(
     with torch.cuda.device_of(h):
         launch = row_energy_launch.forward
         tokens = _tokens(h, cu_seqlens)
-        return tuned(lambda: launch(h, mask, cu_seqlens, save_moments), h, tokens, 1)
+        return tuned(lambda: launch(h, mask, cu_seqlens, save_moments), h, tokens, unwritten=1)  # the moments
 
 
 def row_energy_backward(
@@ -67,8 +67,8 @@ def importance(
     with torch.cuda.device_of(h):
         launch = row_energy_launch.importance
         tokens = _tokens(h, cu_seqlens)
-        unwritten = 2 if cu_seqlens is None else 4  # packed rows past the last sequence
-        return tuned(lambda: launch(h, mask, cu_seqlens, eps, scale, mean, save), h, tokens, unwritten)
+        unwritten = 2 if cu_seqlens is None else 4  # moments and their norms; packed rows past the last sequence
+        return tuned(lambda: launch(h, mask, cu_seqlens, eps, scale, mean, save), h, tokens, unwritten=unwritten)
 
 
 def importance_backward(

@@ -123,7 +123,7 @@ def test_what_is_not_of_the_kind_is_tried_for_itself(tmp_path: Path, kernel: str
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_launches_say_how_long_their_sequences_are(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
-    monkeypatch.setattr(launch, "tuned", lambda launch, x, tokens, *_: said.append(tokens) or launch())
+    monkeypatch.setattr(launch, "tuned", lambda launch, x, tokens, **_: said.append(tokens) or launch())
     h, cu_seqlens = normal(2, 20, 4), None
     q = k = normal(2, 1, 20, 4)
     if packed:

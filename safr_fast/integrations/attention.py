@@ -47,9 +47,9 @@ def record_qk() -> Iterator[list[Pair]]:
 
         loss_fn = SAFRLoss(lambda_importance=0.1, lambda_interaction=0.1, variant="released")
         with record_qk() as qk:  # a model of Hugging Face transformers
-            output = model(**batch, output_hidden_states=True)
+            output = model(**batch)
         mask = batch["attention_mask"].bool()
-        loss = loss_fn(output.logits, labels, hidden=output.hidden_states[0], qk=qk, mask=mask)
+        loss = loss_fn(output.logits, labels, hidden=gated_embeddings, qk=qk, mask=mask)
     """
     recorder = _Recorder()
     with recorder:
