@@ -60,7 +60,10 @@ def test_a_resumed_run_with_pads_that_count_ends_as_if_never_interrupted(
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) -> None:
-    """20 kills, at moments spread over all that a run still has to do, its start and its end too."""
+    """At least 20 kills, at moments spread over all a run still has to do, its start and its end too.
+
+    How many of them meet a run that had already been killed depends on the machine's load: it goes on until 4 have.
+    """
     options = {"epochs": 2, "checkpoint_every": 2, "log_every": 3, "batch_tokens": 150}
     in_process(tmp_path / "warm", False, options).join()
     started = time.perf_counter()
@@ -68,7 +71,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) 
     seconds = time.perf_counter() - started
     random = Random(0)
     kills, resumed, runs = 0, 0, [tmp_path / "0"]
-    while kills < 20:
+    while kills < 20 or resumed < 4:
         out = runs[-1]
         begun = (out / "config.json").exists()
         process = in_process(out, begun, options)
@@ -85,7 +88,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) 
     last = in_process(runs[-1], begun, options)
     last.join()
     assert last.exitcode == 0
-    assert resumed > 3
     for out in runs:
         assert_same_runs(tmp_path / "whole", out)
         assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
