@@ -5,8 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace safr {
@@ -47,6 +49,8 @@ bool has_avx512_bf16() { return has_avx512() && bit(Cpuid(7, 1).eax, 5); }
 
 #if defined(SAFR_EMULATE_AMX)
 bool has_amx() { return has_avx512_bf16(); }
+#elif !defined(__linux__)
+bool has_amx() { return false; }  // how to ask other systems for the tile registers is unknown here
 #else
 bool has_amx() {
   const uint32_t edx = Cpuid(7, 0).edx;

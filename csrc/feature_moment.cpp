@@ -1,5 +1,6 @@
 #include "feature_moment.hpp"
 
+#include <algorithm>
 #include <cmath>
 
 #include "token_gram.hpp"
@@ -8,7 +9,8 @@ namespace safr {
 namespace {
 
 constexpr int64_t kWide = 1024;
-constexpr double kMostFlagged = 0.03;
+constexpr double kMostFlagged = 0.25;  // beyond, the token path is as fast
+constexpr double kOfAxes = 0.08;
 
 // S = Σ_i α_i h_i h_iᵀ (α = 1 where null): the upper triangle, by tiles. Rows are `stride` apart.
 void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
@@ -146,11 +148,30 @@ void quadratic_form(const Tokens& t, float* s, int64_t stride, const float* squa
   });
 }
 
+// Σ_a S_aa h_a².
+double along_axes(const float* h, const float* diagonal, int64_t width) {
+  constexpr int64_t lanes = 16;
+  float sums[lanes] = {};
+  int64_t a = 0;
+  for (; a + lanes <= width; a += lanes)
+    for (int64_t lane = 0; lane < lanes; ++lane) sums[lane] += diagonal[a + lane] * h[a + lane] * h[a + lane];
+  double total = 0;
+  for (; a < width; ++a) total += double(diagonal[a]) * h[a] * h[a];
+  for (float sum : sums) total += sum;
+  return total;
+}
+
 // Tokens whose R the feature path cannot tell from rounding: R is a difference of numbers the size of n2², of
 // n2 · tr(S) / width and, where few directions carry S, of n2 · ‖S‖, in single precision. The last errs less the more
-// terms of either sign it has. One whose R is not finite may have overflown on the way.
-std::vector<int32_t> flagged(const Tokens& t, const float* energy, const float* squared_norm, double moment_norm) {
+// terms of either sign it has; where those directions are a few axes, it has few, each the size of Σ_a S_aa h_a². One
+// whose R is not finite may have overflown on the way.
+std::vector<int32_t> flagged(const Tokens& t, const float* energy, const float* squared_norm, double moment_norm,
+                             const std::vector<float>& diagonal) {
+  Workspace& workspace = Workspace::own();
+  const Workspace::Mark mark(workspace);
+  float* buffer = workspace.take<float>(t.width);
   const double least = t.product.right_bytes == 2 ? 5e-2 : 1e-2;
+  const double steepest = *std::max_element(diagonal.begin(), diagonal.end());
   double trace = 0;
   for (int64_t i = 0; i < t.count; ++i) trace += squared_norm[i];
   const double floor = std::max(trace / double(t.width), std::max(0.1, 16.0 / double(t.width)) * moment_norm);
@@ -158,7 +179,10 @@ std::vector<int32_t> flagged(const Tokens& t, const float* energy, const float* 
   for (int64_t i = 0; i < t.count; ++i) {
     const double n2 = squared_norm[i];
     const bool overflown = !std::isfinite(energy[i]) && std::isfinite(n2);
-    if (overflown || energy[i] < least * n2 * std::max(n2, floor)) some.push_back(int32_t(i));
+    bool lost = overflown || energy[i] < least * n2 * std::max(n2, floor);
+    if (!lost && energy[i] < kOfAxes * n2 * steepest)  // else it is more than n2 · ‖diag S‖∞ already
+      lost = energy[i] < kOfAxes * along_axes(t.row(i, buffer), diagonal.data(), t.width);
+    if (lost) some.push_back(int32_t(i));
   }
   return some;
 }
@@ -171,6 +195,12 @@ double norm_of(const Tokens& t, const float* upper, int64_t stride) {
     total += 2.0 * t.pass.dot(row, row, t.width - r) - double(row[0]) * row[0];
   }
   return std::sqrt(total);
+}
+
+std::vector<float> diagonal_of(const float* s, int64_t stride, int64_t width) {
+  std::vector<float> diagonal(width);
+  for (int64_t a = 0; a < width; ++a) diagonal[a] = s[a * stride + a];
+  return diagonal;
 }
 
 bool too_many(const std::vector<int32_t>& some, const Tokens& t) {
@@ -193,10 +223,11 @@ void feature_energy(const Tokens& t, const float* squared_norm, float* energy, f
   moment(t, nullptr, s, stride);
   if (saved) mirror(t, s, stride, saved, t.width);
   const double moment_norm = norm_of(t, s, stride);
+  const std::vector<float> diagonal = diagonal_of(s, stride, t.width);
   fold(t, s, stride);
   quadratic_form(t, s, stride, squared_norm, energy);
 
-  const std::vector<int32_t> some = flagged(t, energy, squared_norm, moment_norm);
+  const std::vector<int32_t> some = flagged(t, energy, squared_norm, moment_norm, diagonal);
   if (too_many(some, t)) return token_energy(t, energy);
   if (some.empty()) return;
   std::vector<int32_t> rows;
@@ -218,7 +249,7 @@ void feature_gradient(const Tokens& t, const float* s, const float* energy, cons
     mirror(t, upper, upper_stride, whole, t.width);
     s = whole;
   }
-  const std::vector<int32_t> some = flagged(t, energy, squared_norm, norm_of(t, s, t.width));
+  const std::vector<int32_t> some = flagged(t, energy, squared_norm, norm_of(t, s, t.width), diagonal_of(s, t.width, t.width));
   if (too_many(some, t)) return token_gradient(t, alpha, beta, gradient);
   const int64_t n = int64_t(some.size()), stride = row_stride(p, t.width);
   std::vector<int32_t> rows;

@@ -5,14 +5,10 @@
 
 #include <cstdlib>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
-#include <link.h>
 #include <sys/mman.h>
-
-#include <cstring>
 #endif
 
 namespace safr {
@@ -29,19 +25,10 @@ GompParallel find_gomp_parallel() {
 #if defined(__SANITIZE_THREAD__)
   return nullptr;  // its barriers are unknown to the sanitizer
 #endif
-  void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-#if defined(__linux__)
-  if (!symbol) {
-    dl_iterate_phdr(
-        [](dl_phdr_info* library, size_t, void* found) {
-          if (!library->dlpi_name || !std::strstr(library->dlpi_name, "libgomp")) return 0;
-          void* handle = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-          if (handle) *static_cast<void**>(found) = dlsym(handle, "GOMP_parallel");
-          return handle ? 1 : 0;
-        },
-        &symbol);
-  }
-#endif
+  // Other packages bring copies of their own: what torch itself is linked to is found by its handle.
+  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* symbol = torch ? dlsym(torch, "GOMP_parallel") : nullptr;
+  if (!symbol) symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
   return reinterpret_cast<GompParallel>(symbol);
 }
 
@@ -100,8 +87,8 @@ void run_workers(int threads, void (*worker)(void*), void* context) {
   std::vector<std::thread> others;
   try {
     for (int i = 1; i < threads; ++i) others.emplace_back(worker, context);
-  } catch (const std::system_error&) {
-    // Those that did start, and this one, do all the work.
+  } catch (...) {
+    // No thread or no memory left: those that did start, and this one, do all the work.
   }
   worker(context);
   for (std::thread& other : others) other.join();

@@ -84,12 +84,12 @@ void parallel_for(const Kernels& kernels, int threads, int64_t n, const Body& bo
     r.kernels.enter(&state);
     try {
       for (int64_t i; (i = r.next.fetch_add(1)) < r.n;) r.body(i);
-      Workspace::own().trim();
     } catch (...) {
       r.next = r.n;
       const std::lock_guard<std::mutex> lock(r.error_lock);
       if (!r.error) r.error = std::current_exception();
     }
+    Workspace::own().trim();
     r.kernels.leave(&state);
   };
   run_workers(int(n < threads ? n : threads), worker, &region);
@@ -120,6 +120,9 @@ class Crew {
 // all threads; the others run side by side, the longest first.
 template <typename Body>
 void share_out(const Kernels& kernels, int threads, const std::vector<double>& costs, const Body& body) {
+  struct Trimmed {
+    ~Trimmed() { Workspace::own().trim(); }
+  } trimmed;  // after a task that threw, too
   std::vector<int64_t> order(costs.size());
   double left = 0;
   for (size_t i = 0; i < costs.size(); ++i) order[i] = int64_t(i), left += costs[i];

@@ -112,6 +112,28 @@ def test_capacity_of_narrow_tokens_that_share_a_little_with_massive_ones(
 
 
 @every_backend(fused=True)
+@pytest.mark.parametrize("measure", [sf.importance_loss, sf.capacity], ids=["importance", "capacity"])
+@pytest.mark.parametrize("share", [0.05, 0.1])
+def test_measures_of_tokens_whose_two_large_features_cancel_beside_massive_ones(
+    backend: str, measure: Callable[..., Tensor], share: float
+) -> None:
+    """Massive activations sit on few features: of the moment's rounding, which is as large there, nothing averages out,
+    and it is the same for every token."""
+    tokens, width, big = 300, 64, 8
+    h = normal(1, tokens, width, seed=2)
+    h[..., :2] = 0
+    apart = 30 * h.norm(dim=-1) * normal(1, tokens, seed=4).sign()
+    along = share * (h.norm(dim=-1).square() + apart.square()).sqrt()
+    h[..., 0], h[..., 1] = (along + apart) / 2**0.5, (along - apart) / 2**0.5
+    size = 125 * h.norm(dim=-1).mean()
+    h[0, :big] = 0
+    h[0, :big, :2] = size * (1 + 0.1 * normal(big, 1, seed=3)) / 2**0.5
+    h = h.to(device_of(backend))
+    with forced(backend) as impl:
+        assert_close_to_float64(lambda h: measure(h, impl=impl), plain_measure(measure), h)
+
+
+@every_backend(fused=True)
 def test_one_token_so_large_that_the_moment_overflows(backend: str) -> None:
     direction = torch.nn.functional.normalize(normal(48, seed=1), dim=0)
     h = normal(1, 300, 48, seed=2) + 8 * direction
