@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from safr_fast.precision import matmul_precision
+
 WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
 WIDEST_UNALIGNED_ROW = 128
 CACHED_BYTES = 48 << 20  # what about stays in the L2 cache of a large GPU
@@ -237,9 +239,9 @@ def moment_slots(shape: torch.Size, packed: bool, dtype: torch.dtype, precision:
     return shape[0] if shape[1] >= threshold else 0
 
 
-def moment_guard(dtype: torch.dtype) -> float:
+def moment_guard(dtype: torch.dtype, precision: str) -> float:
     """Share of n2² under which a row energy made from the moment is made again from the token Gram."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "medium":
+    if dtype == torch.float32 and precision != "medium":
         return 0.05
     return 0.25
 
@@ -264,7 +266,7 @@ def product_precision(dtype: torch.dtype, device: torch.device) -> str:
     if dtype == torch.float16:
         return "bf16x3"
     splitting = {"highest": "ieee" if kind == "cdna" else "bf16x6", "high": "bf16x3", "medium": "bf16"}
-    return splitting[torch.get_float32_matmul_precision()]
+    return splitting[matmul_precision(device.type)]
 
 
 def width_block(width: int, largest: int) -> int:

@@ -10,12 +10,17 @@ import triton.language as tl
 from .tiles import offset_of, sum_of
 
 BLOCK = tl.constexpr(1024)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
 def roots(energy, norm):
-    """``√R``, ``√n2`` and whether their term is other than 0 by definition; 1 where it is not. NaN stays."""
-    alive = (energy != 0) & (norm != 0)
+    """``√R``, ``√n2`` and whether their term is other than 0 by definition; 1 where it is not. NaN stays.
+
+    What is subnormal counts as 0, as on the CPU: a GPU's square root makes 0 of it, and divided by that the gradient of
+    one token would be infinite and that of all others NaN.
+    """
+    alive = ~(energy < SMALLEST_NORMAL) & ~(norm < SMALLEST_NORMAL)
     return tl.sqrt(tl.where(alive, energy, 1.0)), tl.sqrt(tl.where(alive, norm, 1.0)), alive
 
 

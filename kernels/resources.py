@@ -164,6 +164,8 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     importance(empty(2048, 512), None, cu_seqlens)
     importance(empty(4, 1024, 100), mask, None)
     importance(empty(4, 256, 200), None, None)
+    importance(empty(4, 256, 256), None, None)
+    importance(empty(4, 256, 256), empty(4, 256, dtype=torch.bool), None)
     sums_alone(empty(4, 1024, 256), mask)
     sums_alone(empty(4, 256, 256), None)
     importance(empty(8, 1024, 1024), mask_of_8, None)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from safr_fast.precision import matmul_precision
+
 from . import configs
 from .importance_launch import Loss, NoLoss
 from .row_energy_moment import (
@@ -37,14 +39,14 @@ class Batch:
         self.packed = cu_seqlens is not None
         self.S, self.T = (cu_seqlens.shape[0] - 1, h.shape[0]) if self.packed else h.shape[:2]
         self.E = h.shape[-1]
-        precision = torch.get_float32_matmul_precision()
+        precision = matmul_precision(h.device.type)
         threshold = configs.moment_threshold(self.E, h.dtype, precision)
         self.slots = configs.moment_slots(h.shape, self.packed, h.dtype, precision)
         self.threshold = threshold if self.slots else NEVER
         self.some_short = self.slots == 0 or self.packed or mask is not None
         self.mask, self.span = as_bytes(mask), None
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.guard = configs.moment_guard(h.dtype)
+        self.guard = configs.moment_guard(h.dtype, precision)
         self.precision = configs.product_precision(h.dtype, h.device)
         self.derived = tl.bfloat16 if h.dtype == torch.bfloat16 else tl.float32
         self.bits = 8 * h.dtype.itemsize

@@ -10,7 +10,6 @@ its tokens. Nothing is tried while a CUDA graph is captured.
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -27,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configs
+from safr_fast.precision import matmul_precision
+
+from . import availability, configs
 from .configs import Config
 from .timing import Timer
 
@@ -72,7 +73,7 @@ class Device:
         return cls(
             name=properties.name,
             capability=f"{properties.major}.{properties.minor}",
-            triton=importlib.metadata.version("triton"),
+            triton=availability.version(),
             kernels=_digest_of_kernels(),
             shared_bytes=getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
             has_descriptors=torch.version.hip is None and properties.major >= 9,
@@ -267,7 +268,7 @@ class Kind:
     def of(cls, x: Tensor, tokens: int) -> "Kind":
         dtype, rounding = str(x.dtype).removeprefix("torch."), ROUNDING_16
         if x.dtype == torch.float32:
-            precision = torch.get_float32_matmul_precision()
+            precision = matmul_precision(x.device.type)
             dtype = f"{dtype} {precision}"
             rounding = ROUNDING_16 if precision == "medium" else ROUNDING_32
         return cls(dtype, configs.width_block(tokens, WIDEST), rounding)

@@ -7,6 +7,7 @@ import platform
 import torch
 
 import safr_fast
+from safr_fast.precision import matmul_precision
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tyro", "tqdm", "datasets", "transformers")
 _VARIABLES = ("SAFR_FAST_", "OMP_", "MKL_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
@@ -47,7 +48,7 @@ def _machine() -> list[tuple[str, str]]:
         ("processor", f"{_processor()}, {os.cpu_count()} CPUs"),
         ("instruction set", f"{torch.backends.cpu.get_cpu_capability()} in PyTorch"),
         ("threads", f"{torch.get_num_threads()} in PyTorch"),
-        ("float32 products", torch.get_float32_matmul_precision()),
+        ("float32 products", f"{matmul_precision('cpu')} on the CPU, {matmul_precision('cuda')} on a GPU"),
     ]
     if not torch.cuda.is_available():
         return [*rows, ("GPU", "none that PyTorch can use")]

@@ -249,7 +249,9 @@ def importance_loss(
     count = _tokens(h, mask, cu_seqlens)
     if group is not None and reduction != "none":
         terms = sequence_parallel.sum_over_ranks(terms.sum(), group)
-        count = sequence_parallel.sum_over_ranks(torch.as_tensor(count, device=h.device), group)
+        if not isinstance(count, Tensor):
+            count = torch.full((), count, dtype=torch.int64, device=h.device)  # not copied there, which would wait
+        count = sequence_parallel.sum_over_ranks(count, group)
     return _reduce(terms, count, reduction)
 
 

@@ -180,6 +180,32 @@ def test_compiles_whole_forward_and_backward(name: str, backend: str, dynamic: b
 
 
 @every_backend()
+@pytest.mark.parametrize("packed", [False, True])
+def test_importance_is_not_specialised_on_the_number_of_samples_or_tokens(backend: str, packed: bool) -> None:
+    """Long enough for the moments, of which each sample has one."""
+
+    def sample(n: int) -> tuple[Tensor, ...]:
+        h = normal(n, 300, 24, device=device_of(backend))
+        return (h.flatten(0, 1), offsets([300] * n, device_of(backend))) if packed else (h,)
+
+    with forced(backend) as impl:
+        torch.compiler.reset()
+
+        def loss(h: Tensor, *cu_seqlens: Tensor) -> Tensor:
+            return sf.importance_loss(h, impl=impl, **({"cu_seqlens": cu_seqlens[0]} if packed else {}))
+
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n, again in ((2, False), (3, True), (5, True)):
+            h, *rest = sample(n)
+            with torch._dynamo.config.patch(error_on_recompile=again):
+                actual = value_and_gradients(lambda h, rest=rest: compiled(h, *rest), (h,))
+            for result, plain in zip(
+                actual, value_and_gradients(lambda h, rest=rest: loss(h, *rest), (h,)), strict=True
+            ):
+                assert relative_error(result, plain) < 1e-6
+
+
+@every_backend()
 def test_max_seqlen_is_not_specialised_on(backend: str) -> None:
     (q, k) = (x.transpose(1, 2).flatten(0, 1) for x in CALLS["interaction_loss_from_qk"].on(device_of(backend)))
     cu_seqlens = offsets([len(q) - 5, 5], device_of(backend))

@@ -86,16 +86,16 @@ def test_the_best_level_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_impossible_level_raises_and_says_which_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     from safr_fast import _cpu
 
+    sf.row_energy(normal(1, 4, 4))  # that it was asked before is no answer for another level
     impossible = {"neon", "baseline", "avx2", "avx512", "avx512_bf16", "amx"} - set(_cpu.available_isas())
     for name in ("avx9000", *impossible):
         monkeypatch.setenv(ISA_VARIABLE, name)
         for impl in ("cpp", "auto"):
-            dispatch._resolve.cache_clear()
             with pytest.raises(sf.BackendUnavailable, match=f"{ISA_VARIABLE}.*{name}.*baseline"):
                 sf.row_energy(normal(1, 4, 4), impl=impl)
         assert name in next(backend.detail for backend in sf.available_backends() if backend.name == "cpp")
     monkeypatch.delenv(ISA_VARIABLE)
-    assert dispatch.resolve("auto", "cpu", torch.float32) == "cpp"
+    assert dispatch.resolve("auto", torch.device("cpu"), torch.float32) == "cpp"
 
 
 # Many short sequences are shared out whole; one long sequence or head is shared out in tiles.
@@ -217,6 +217,31 @@ if child == 0:
     os._exit(3 if value.isnan().any() or (expected is not None and not torch.equal(value, expected)) else 0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+
+FORK_BEFORE_THE_IMPORT = """
+import multiprocessing, os, sys, torch
+
+def work():
+    torch.set_num_threads(2)
+    from safr_fast.ops import cpp
+    energy, _, _ = cpp.row_energy(torch.ones(1, 1000, 24), None, None, False)
+    os._exit(0 if energy.isfinite().all() else 3)
+
+torch.set_num_threads(2)
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join(50)
+if child.is_alive():
+    child.kill()
+sys.exit(child.exitcode)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_forked_child_that_imports_the_package_first_does_not_hang() -> None:
+    assert subprocess.run([sys.executable, "-c", FORK_BEFORE_THE_IMPORT], timeout=60).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")

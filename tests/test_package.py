@@ -1,6 +1,7 @@
 """The package as installed: what it exports, what importing it costs, and which back ends must be there."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -101,7 +102,88 @@ def test_auto_says_so_once_when_it_must_use_the_reference(monkeypatch: pytest.Mo
     dispatch._resolve.cache_clear()
     try:
         with pytest.warns(UserWarning, match='uses impl="reference".*it was not built'):
-            assert dispatch.resolve("auto", "cpu", torch.float32) == "reference"
-        assert dispatch.resolve("auto", "cpu", torch.float64) == "reference"
+            assert dispatch.resolve("auto", torch.device("cpu"), torch.float32) == "reference"
+        assert dispatch.resolve("auto", torch.device("cpu"), torch.float64) == "reference"
     finally:
         dispatch._resolve.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9 has one way to say it")
+@pytest.mark.parametrize(
+    ("setting", "on_cpu", "on_gpu"),
+    [
+        ("torch.set_float32_matmul_precision('medium')", "medium", "medium"),
+        ("torch.backends.fp32_precision = 'tf32'", "high", "high"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "highest", "high"),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "medium", "highest"),
+        ("torch.backends.fp32_precision = 'ieee'", "highest", "highest"),
+    ],
+)
+def test_every_way_to_set_the_precision_is_understood(setting: str, on_cpu: str, on_gpu: str) -> None:
+    code = f"""
+import torch, safr_fast
+from safr_fast.precision import matmul_precision
+{setting}
+h = torch.randn(2, 40, 16, requires_grad=True)
+q = torch.randn(1, 2, 9, 4, requires_grad=True)
+(safr_fast.importance_loss(h) + safr_fast.interaction_loss_from_qk(q, q)).backward()
+assert h.grad.isfinite().all() and q.grad.isfinite().all()
+assert "float32 products" in __import__("safr_fast.env").env.describe()
+print(matmul_precision("cpu"), matmul_precision("cuda"))
+"""
+    assert python(code).split() == [on_cpu, on_gpu]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Two GPUs, the first too old, as far as asking for them goes."""
+    from safr_fast.kernels import availability
+
+    monkeypatch.setattr(availability, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (9, 0))[device.index])
+    return monkeypatch
+
+
+def test_each_gpu_is_judged_by_itself(gpus: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    for order in ((0, 1), (1, 0)):
+        dispatch._resolve.cache_clear()
+        for index in order:
+            device = torch.device("cuda", index)
+            if index:
+                assert dispatch.resolve("auto", device, torch.float32) == "triton"
+            else:
+                with pytest.warns(UserWarning, match=r"GPU 0 has compute capability 7.5, the kernels need 8.0"):
+                    assert dispatch.resolve("auto", device, torch.float32) == "reference"
+    dispatch._resolve.cache_clear()
+
+
+def test_a_triton_without_the_products_is_refused(gpus: pytest.MonkeyPatch) -> None:
+    from safr_fast.kernels import availability
+
+    for version, served in (("3.5.1", False), ("3.6.0+git1", True), ("4.0.0", True)):
+        gpus.setattr(availability, "version", lambda version=version: version)
+        reason = availability.unavailable_reason(torch.device("cuda", 1), torch.float32)
+        assert (reason is None) == served
+        assert served or "Triton 3.5.1 lacks products that the kernels take" in str(reason)
+
+
+def test_triton_is_known_by_whatever_distribution_it_came_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from safr_fast.kernels import availability
+
+    original = importlib.metadata.version
+
+    def renamed(name: str) -> str:
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return original("triton") if name == "triton-rocm" else original(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", renamed)
+    for names in ({"triton": ["triton-rocm"]}, {}):
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda names=names: names)
+        availability.version.cache_clear()
+        assert availability.version() == original("triton")
+    availability.version.cache_clear()

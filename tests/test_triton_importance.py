@@ -1,5 +1,8 @@
 """The importance loss as the Triton kernels finish it, against the formula in float64."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from support import DEVICE, assert_close_to_float64, lengths_mask, normal, offsets, relative_error
@@ -94,6 +97,33 @@ def test_what_is_no_token_counts_for_nothing(tokens: int, layout: str) -> None:
     assert loss.isfinite()
     assert gradient[real].isfinite().all()
     assert not gradient[~real].any()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="changes Triton's interpreter")
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("small", [1e-20, 3e-11], ids=["its norm is subnormal", "all energies are"])
+def test_a_square_root_that_flushes_as_a_gpus_does_spoils_no_gradient(
+    small: float, eps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_sqrt
+    flushed = []
+
+    def flushing(self: Any, x: Any) -> Any:
+        subnormal = np.abs(x.data) < np.finfo(np.float32).tiny
+        flushed.append(bool((subnormal & (x.data != 0)).any()))
+        return plain(self, interpreter.TensorHandle(np.where(subnormal, np.float32(0), x.data), x.dtype))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_sqrt", flushing)
+    h = normal(1, 4, 16)
+    h[0, 1 if small == 1e-20 else slice(None)] *= small
+    loss, gradient = value_and_gradient(h, {}, eps=eps)
+    expected = sf.importance_loss(h.double() * (h.abs() > 1e-9), impl="reference", eps=eps)  # as if they were 0
+    assert flushed
+    assert not any(flushed)  # what a GPU would lose is never asked for
+    assert gradient.isfinite().all()
+    assert abs(loss.double() - expected) <= 1e-6 * expected
 
 
 @each_layout

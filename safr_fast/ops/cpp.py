@@ -6,6 +6,8 @@ extension serves every version of torch because it knows none.
 
 import functools
 import math
+import multiprocessing
+import os
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 import safr_fast
 from safr_fast import arguments
 from safr_fast.errors import BackendUnavailable
+from safr_fast.precision import matmul_precision
 
 try:
     import safr_fast._cpu as _cpu
@@ -20,15 +23,19 @@ except ImportError as error:
     _cpu = None
     _import_error = str(error)
 else:
-    # The extension may be loaded first in a forked child, which lacks the threads that torch started before.
-    _cpu.set_home_process(safr_fast.PROCESS)
+    # The extension may be loaded first in a forked child, which lacks the threads that torch started before. So may the
+    # whole package be: of that multiprocessing knows, nothing does where a bare os.fork made the child.
+    home = safr_fast.PROCESS
+    if home == os.getpid() and type(multiprocessing.current_process()).__name__ == "ForkProcess":
+        home = os.getppid()
+    _cpu.set_home_process(home)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 KEPT_MOMENTS = 8 << 20  # bytes
 
 
-def unavailable_reason(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+def unavailable_reason(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why this back end cannot serve tensors of that kind, or any where none is named; None if it can.
 
     Raises:
@@ -40,8 +47,8 @@ def unavailable_reason(device_type: str | None = None, dtype: torch.dtype | None
             " is installed: pip install --force-reinstall --no-binary safr-fast safr-fast, or pip install . in the"
             " source tree"
         )
-    if device_type not in (None, "cpu"):
-        return f"its kernels run on the CPU, the tensors are on {device_type}: move them, or use another impl"
+    if device is not None and device.type != "cpu":
+        return f"its kernels run on the CPU, the tensors are on {device.type}: move them, or use another impl"
     if dtype is not None and dtype not in _DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         return f'it computes {names}, not {str(dtype).removeprefix("torch.")}: cast, or use impl="reference"'
@@ -85,7 +92,7 @@ def _strided(x: Tensor) -> tuple[int, ...]:
 
 
 def _options() -> dict[str, int]:
-    return {"precision": _PRECISIONS[torch.get_float32_matmul_precision()], "threads": torch.get_num_threads()}
+    return {"precision": _PRECISIONS[matmul_precision("cpu")], "threads": torch.get_num_threads()}
 
 
 def _layout(mask: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, tuple[int, ...] | None]:
@@ -118,7 +125,7 @@ def row_energy(
     E = h.shape[-1]
     h = _inner_contiguous(h)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    precision = torch.get_float32_matmul_precision()
+    precision = matmul_precision("cpu")
     slots = moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision) if save_moments else 0
     energy = torch.empty(h.shape[:-1], dtype=torch.float32)  # (B, T) or (N,)
     squared_norm = torch.empty_like(energy)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import types
 import warnings
 from dataclasses import dataclass
@@ -33,14 +34,14 @@ def module(impl: str) -> types.ModuleType:
     return importlib.import_module(_MODULES[impl])
 
 
-def _obstacle(impl: str, device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+def _obstacle(impl: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why a fused back end cannot serve tensors of this kind (or anything at all), with the remedy; None if it can.
 
     Raises:
         BackendUnavailable: what the user asked of it by environment variable is impossible.
     """
     try:
-        return module(impl).unavailable_reason(device_type, dtype)
+        return module(impl).unavailable_reason(device, dtype)
     except ImportError as error:
         return f"{_MODULES[impl]} cannot be imported ({error}): install safr-fast with its {impl} back end"
 
@@ -69,7 +70,7 @@ def choose(impl: str, *inputs: Tensor) -> str:
         ValueError, BackendUnavailable: as :func:`resolve`; also where ``impl`` was named and only the reference has the
             derivatives that are taken.
     """
-    chosen = resolve(impl, inputs[0].device.type, inputs[0].dtype)
+    chosen = resolve(impl, inputs[0].device, inputs[0].dtype)
     if chosen == "reference" or torch.compiler.is_compiling() or not any(map(_transformed, inputs)):
         return chosen
     obstacle = 'forward-mode derivatives and torch.func transforms of a gradient need impl="reference"'
@@ -99,7 +100,7 @@ def _warn_of_reference(fused: str, obstacle: str) -> None:
     )
 
 
-def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The back end that serves: ``impl`` itself, or the fastest that can where it is ``"auto"``.
 
     Raises:
@@ -107,7 +108,7 @@ def resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
         BackendUnavailable: ``impl`` was named and cannot serve tensors of this device and dtype.
     """
     check_impl(impl)
-    return _resolve(impl, device_type, dtype)
+    return _resolve(impl, device, dtype, os.environ.get("SAFR_FAST_CPU_ISA"))
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler: as slow to import as torch itself.
@@ -115,18 +116,18 @@ vars(resolve)["_dynamo_marked_constant"] = True
 
 
 @functools.cache
-def _resolve(impl: str, device_type: str, dtype: torch.dtype) -> str:
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype, _isa: str | None) -> str:
     if impl == "reference":
         return impl
     if impl != "auto":
-        obstacle = _obstacle(impl, device_type, dtype)
+        obstacle = _obstacle(impl, device, dtype)
         if obstacle is not None:
             raise BackendUnavailable(f'impl="{impl}" cannot serve: {obstacle}')
         return impl
-    fused = {"cpu": "cpp", "cuda": "triton"}.get(device_type)
+    fused = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
     if fused is None or dtype == torch.float64:
         return "reference"
-    obstacle = _obstacle(fused, device_type, dtype)
+    obstacle = _obstacle(fused, device, dtype)
     if obstacle is None:
         return fused
     _warn_of_reference(fused, obstacle)

@@ -74,7 +74,7 @@ def _(
     loss = h.new_empty((), dtype=torch.float32)
     rows = h.new_empty(h.shape[:-1], dtype=torch.float32)
     moments = fake_moments(h, cu_seqlens, save, impl)
-    return loss, torch.empty_like(loss), rows, torch.empty_like(rows), moments, moments.new_empty(len(moments))
+    return loss, torch.empty_like(loss), rows, torch.empty_like(rows), moments, moments.new_empty(moments.shape[0])
 
 
 @torch.library.register_fake("safr_fast::importance_backward")

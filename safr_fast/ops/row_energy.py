@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
+from safr_fast.precision import matmul_precision
 
 _library = torch.library.Library("safr_fast", "FRAGMENT")
 _library.define(
@@ -60,7 +61,7 @@ def fake_moments(h: Tensor, cu_seqlens: Tensor | None, saved: bool, impl: str) -
     """As many ``(E, E)`` as the back end keeps for the backward pass."""
     slots = 0
     if saved:
-        precision = torch.get_float32_matmul_precision()
+        precision = matmul_precision(h.device.type)
         slots = dispatch.module(impl).moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision)
     return h.new_empty(slots, h.shape[-1], h.shape[-1], dtype=torch.float32)
 
