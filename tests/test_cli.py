@@ -1,5 +1,6 @@
 """The command line: help, errors in one line, a real kill and what comes after it."""
 
+import io
 import json
 import os
 import signal
@@ -235,3 +236,11 @@ def test_a_killed_process_is_taken_up_again(capsys: pytest.CaptureFixture[str], 
     assert status == 0
     assert text.splitlines()[-5:-1] == whole.splitlines()[-5:-1]  # the last line is peak memory
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_output_that_knows_no_greek_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    cli.main(["env"])
+    print("λ 0.1", flush=True)
+    assert written.getvalue().endswith(b"? 0.1" + os.linesep.encode())

@@ -186,6 +186,14 @@ def test_the_raw_imdb_folder_is_read(tmp_path: Path) -> None:
         assert all(("pos" in text) == label for text, label in zip(split.texts, split.labels, strict=True))
 
 
+def test_each_class_of_a_small_imdb_gives_a_text_to_develop_on(tmp_path: Path) -> None:
+    for split, label, i in itertools.product(("train", "test"), ("pos", "neg"), range(2)):
+        folder = tmp_path / "aclImdb" / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}_7.txt").write_text("a film", encoding="utf-8")
+    assert sorted(load("imdb", tmp_path).dev.labels) == [0, 1]
+
+
 def write_parquet(file: Path, **columns: list[object]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -69,6 +69,11 @@ def test_how_many_words_k_per_cent_are(words: int, k: float, deleted: int) -> No
     assert count(words, words, k) == deleted
 
 
+@pytest.mark.parametrize(("words", "scored", "deleted"), [(600, 256, 180), (900, 256, 256), (5, 4, 1), (3, 0, 0)])
+def test_k_per_cent_are_of_the_whole_text_chosen_among_the_scored_words(words: int, scored: int, deleted: int) -> None:
+    assert count(words, scored, 30) == deleted
+
+
 def test_words_are_deleted_by_score_then_position_and_later_ones_slide_into_the_window() -> None:
     seen: list[list[str]] = []
 
@@ -124,6 +129,7 @@ def test_measures_agree_with_a_slow_implementation(data: st.DataObject, k: int) 
         ({"labels": [-1]}, "labels must be among the 2 classes of predict, from 0, got [-1]"),
         ({"scores": [[0.0, 1.0]]}, "scores must be by the rankers' names, such as {'vmask': [...]}, got list of (list"),
         ({"scores": {"r": [["a", "b"]]}}, "scores['r'][0] must be numbers, got list of (str, str)"),
+        ({"texts": [], "labels": [], "scores": {"r": []}}, "texts must hold at least one text, got none"),
         ({"ks": 30}, "ks must be a list of per cents, got int 30"),
         ({"ks": [0.1, 0.5]}, "k is in per cent, got [0.1, 0.5]: pass [10.0, 50.0]"),
         ({"scores": {"r": []}}, "scores['r'] must hold a row for each of 1 texts, got 0"),
@@ -168,13 +174,23 @@ def test_lists_arrays_16_bits_and_batches_give_the_same() -> None:
             torch.testing.assert_close(values, half["r"][k][name], atol=0.02, rtol=0.02)
 
 
+def test_a_predict_that_gives_classes_is_one_that_is_certain() -> None:
+    texts, scores = [["good", "film"], ["film", "bad"]], {"r": [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]}
+    hard = measure(lambda texts: (predict(texts) > 0.5).long(), texts, [1, 0], scores, [30])["r"][30]
+    assert hard["comprehensiveness"].tolist() == [0, 1]  # of the second text the rest, "film", is positive
+
+
 def test_a_k_that_is_no_per_cent_is_named() -> None:
-    with pytest.raises(ValueError, match=r"k must be above 0 and at most 100 per cent, got \[0\]"):
+    with pytest.raises(ValueError, match=r"k must be per cents above 0 and at most 100, got \[0\]"):
         measure(predict, [["good"]], torch.tensor([1]), {"r": [torch.zeros(1)]}, [0])
     with pytest.raises(ValueError, match=r"k must name each per cent once, got \[30, 30\]"):
         measure(predict, [["good"]], torch.tensor([1]), {"r": [torch.zeros(1)]}, [30, 30])
     with pytest.raises(OptionError, match=r"k must name each per cent once, got \[30, 20, 30\]"):
         EvaluationConfig(k=(30, 20, 30))
+    with pytest.raises(OptionError, match=r"k is in per cent, got \[0.3\]: pass \[30.0\]"):
+        EvaluationConfig(k=(0.3,))
+    with pytest.raises(OptionError, match=r"k must name at least one per cent"):
+        EvaluationConfig(k=())
 
 
 @settings(max_examples=25, deadline=None)
@@ -201,10 +217,13 @@ def test_normalised_aopc_is_one_at_the_best_order_and_zero_at_the_worst() -> Non
 
 
 def test_a_text_of_one_word_has_no_aopc() -> None:
+    assert aopc(predict, ["good", "bad"], [0.0, 1.0]) == aopc(predict, ["good", "bad"], torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="words must be at least two, since a text keeps its last, got 1"):
         aopc(predict, ["good"], torch.zeros(1))
     with pytest.raises(ValueError, match="words must be at least two, since a text keeps its last, got 1"):
         limits(predict, ["good"], 1)
+    with pytest.raises(ValueError, match="scored must be at least 1"):
+        limits(predict, ["good", "film"], 0)
 
 
 def test_random_control_takes_other_words_in_every_draw_and_is_repeatable() -> None:
@@ -372,6 +391,11 @@ def test_bootstrap_intervals_are_those_of_scipy_and_one_resample_serves_all() ->
     assert one_low.item() == pytest.approx(low[0].item())
 
 
+def test_an_interval_of_no_texts_is_named() -> None:
+    with pytest.raises(ValueError, match=re.escape("values must hold at least one text, got shape (0, 2)")):
+        bootstrap(torch.zeros(0, 2))
+
+
 def test_the_paired_test_is_the_sign_test_of_differences_that_are_all_equal() -> None:
     a, b = torch.zeros(60), torch.zeros(60)
     a[:9], b[9:12] = 1.0, 1.0  # nine texts for a, three for b
@@ -403,6 +427,24 @@ def test_an_evaluation_of_planted_scores_finds_the_words_that_decide() -> None:
     assert result["rankers"]["capacity:ffn1_pre"]["k"]["30"]["srs"][0] == 0.0
     assert result["normalised_aopc"]["rankers"]["planted"][0] == pytest.approx(1.0, abs=0.05)
     assert result["normalised_aopc"]["rankers"]["planted"][0] > result["normalised_aopc"]["rankers"]["random"][0]
+
+
+def test_an_evaluation_of_three_classes_and_two_layers() -> None:
+    split = Split(["good film", "bad film", "fine film"], [0, 1, 2])
+
+    def by_word(texts: Sequence[Words]) -> Tensor:
+        return torch.tensor([[float(word in words) for word in ("good", "bad", "fine")] for words in texts]).softmax(1)
+
+    rows = [torch.tensor([0.0, 1.0])] * 3
+    scores = {"capacity:layer1.ffn1_pre": rows, "capacity:layer2.ffn1_pre": rows, "vmask": rows}
+    result = evaluate_scores(by_word, split, scores, EvaluationConfig(k=(30,), normalised=0))
+    assert result["predicted_positive"] == pytest.approx(1 / 3)
+    assert result["rankers"]["vmask"]["k"]["30"]["predicted_positive"] == pytest.approx(1 / 3)
+    assert result["reference"] == "capacity:layer2.ffn1_pre"
+    with pytest.raises(
+        ValueError, match=re.escape("scores['vmask'] must score as many words of each text as scores['c")
+    ):
+        evaluate_scores(by_word, split, scores | {"vmask": [row[:1] for row in rows]}, EvaluationConfig(k=(30,)))
 
 
 def planted_run(out: Path, seed: int) -> TrainResult:

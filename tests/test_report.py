@@ -20,6 +20,7 @@ from safr_fast.evaluation import EvaluationConfig, Predictor, evaluate_run
 from safr_fast.evaluation.places import exact_capacity, hidden_states
 from safr_fast.report import Report, content, figures, page, report_run
 from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, load_run, loop, train
+from safr_fast.training.run import RunFolder
 
 NASTY = """<script>alert(1)</script> <br /> $x_1$ "quoted" {{7*7}} &amp; ' </td> naïve 日本語 $$ %s good bad good
 \b\uffffA"""
@@ -139,7 +140,7 @@ def test_unknown_words_are_marked_and_counted(runs: dict[str, Path], tmp_path: P
 
 def test_the_curve_of_deletion_goes_from_left_to_right() -> None:
     by_k = {k: {"accuracy": [float(k) / 100, 0.0, 1.0]} for k in ("50", "10", "30")}
-    figure = content.deletion({"accuracy": [0.9, 0.8, 1.0], "rankers": {"random": {"k": by_k}}})
+    figure = content.deletion({"accuracy": [0.9, 0.8, 1.0], "reference": "random", "rankers": {"random": {"k": by_k}}})
     (line,) = figure.axes[0].get_lines()
     assert np.asarray(line.get_xydata()).tolist() == [[0, 90], [10, 10], [30, 30], [50, 50]]
 
@@ -153,6 +154,25 @@ def test_a_page_of_a_killed_run_shows_what_is_whole(runs: dict[str, Path], tmp_p
     (run / "evaluation.json").write_text("{", encoding="utf-8")
     with pytest.raises(RunError, match=r"evaluation.json cannot be read"):
         report_run(run, [NASTY])
+
+
+def test_an_evaluation_of_other_weights_is_not_shown_for_these(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "vmask"
+    shutil.copytree(runs["vmask"], run)
+    assert "At k = 30 %" in " ".join(read(report_run(run, ["good film"]).page).text)
+    model = load_run(run)[0]
+    with torch.no_grad():
+        model.classify.bias += 1
+    RunFolder(run).save_model(model.state_dict())
+    text = " ".join(read(report_run(run, ["good film"]).page).text)
+    assert "This run was evaluated with other weights, before it was trained further" in text
+    assert "At k = 30 %" not in text
+
+
+def test_a_vocabulary_without_words_has_no_highest(runs: dict[str, Path]) -> None:
+    model = load_run(runs["vmask"])[0]
+    model.embedding = torch.nn.Embedding(2, model.embedding.embedding_dim)
+    assert content.vocabulary(model, []) == {"highest": [], "lowest": []}
 
 
 def test_a_text_without_words_is_named(runs: dict[str, Path]) -> None:

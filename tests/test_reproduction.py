@@ -90,6 +90,31 @@ def test_an_interrupted_series_keeps_what_is_done(
     assert [row["setting"] for row in stored["rows"]] == ["baseline", "0,0"]
 
 
+def test_a_table_never_shrinks_while_it_is_made_again(small: list[str], tmp_path: Path) -> None:
+    wanted = {"rows": ("baseline", "0,0"), "protocol": "masked"}
+    reproduce("table2", config(tmp_path, seeds=1, **wanted), report=quiet)
+    assert sorted(file.name for file in tmp_path.glob("table2*.json")) == ["table2-synthetic-masked.json"]
+    seen = []
+
+    def look(_: str) -> None:
+        seen.append(
+            [row["seeds"] for row in json.loads((tmp_path / "table2-synthetic-masked.json").read_text())["rows"]]
+        )
+
+    reproduce("table2", config(tmp_path, seeds=2, **wanted), report=look)
+    assert seen[0] == [[0], [0]]
+    assert seen[-1] == [[0, 1], [0]]
+
+
+def test_runs_on_other_data_make_no_row_together(small: list[str], tmp_path: Path) -> None:
+    wanted = {"rows": ("baseline",), "protocol": "masked"}
+    reproduce("table2", config(tmp_path, seeds=2, **wanted), report=quiet)
+    file = tmp_path / "synthetic-masked-baseline-seed1" / "evaluation-tables.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"texts": 31}))
+    with pytest.raises(RunError, match=r"seed0 was evaluated on 30 test texts, .*seed1 on 31: their data are not the"):
+        reproduce("table2", config(tmp_path, seeds=2, **wanted), report=quiet)
+
+
 def test_a_table_of_what_is_finished_trains_nothing(small: list[str], tmp_path: Path) -> None:
     wanted = {"rows": ("baseline", "0.1,0.1"), "protocol": "masked", "log_gradients": True}
     with pytest.raises(RunError, match="no run of table2 is finished"):
@@ -125,7 +150,7 @@ def test_gradient_shares_are_of_the_mean_norms(
     norms = [step["train"] for step in steps if step["event"] == "step"]
     total = {term: sum(n[f"gradient_{term}"] for n in norms) for term in ("cross_entropy", "importance", "interaction")}
     means = {term: 100 * total[term] / total["cross_entropy"] for term in ("importance", "interaction")}
-    baseline, row = json.loads((tmp_path / "table2-synthetic.json").read_text())["rows"]
+    baseline, row = json.loads((tmp_path / "table2-synthetic-masked.json").read_text())["rows"]
     assert len(norms) > 1
     assert row["gradients"]["importance"][0] == pytest.approx(0.1 * means["importance"])
     assert row["gradients"]["interaction"][0] == pytest.approx(0.2 * means["interaction"])
@@ -202,7 +227,7 @@ def test_figure3_has_curves_with_a_control(small: list[str], tmp_path: Path) -> 
     assert "| masked | 0.1,0.1 | 2 | capacity |" in text
     assert "| masked | 0.1,0.1 | 2 | random |" in text
     assert (tmp_path / "figure3-synthetic-masked.svg").stat().st_size > 5_000
-    (row,) = json.loads((tmp_path / "figure3-synthetic.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "figure3-synthetic-masked.json").read_text())["rows"]
     assert list(row["rankers"]["random"]) == [str(k) for k in range(10, 100, 10)]
 
 
@@ -284,6 +309,7 @@ def test_options_of_the_evaluation_are_refused_before_the_training(small: list[s
         ({"rows": ("a,b",)}, "rows must be baseline or two weights"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"model": ModelConfig(layers=2)}, "model.layers must be 1, as in the paper, got 2"),
+        ({"model": ModelConfig(gate=False)}, "model.gate belongs to the rows: give --rows baseline"),
     ],
 )
 def test_options_that_make_no_table_are_named(options: dict[str, Any], message: str) -> None:

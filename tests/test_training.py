@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -419,6 +420,36 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(file, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights by user, group and others")
+def test_weights_are_readable_by_whom_the_other_files_are(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_model({"w": torch.zeros(1)})
+    write_json(folder.config_file, {})
+    assert folder.model_file.stat().st_mode == folder.config_file.stat().st_mode
+
+
+def test_options_that_would_do_nothing_are_named() -> None:
+    for options, message in (
+        ({"batch_size": 64, "batch_tokens": 100}, "batch_size counts texts, but batch_tokens makes batches by tokens"),
+        ({"batch_size": 64, "full_length": True}, "batch_size counts texts, but full_length makes batches by tokens"),
+        ({"dataset": "imdb", "all_rows": True}, "all_rows is for sst2, got it for imdb: leave it out"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            TrainConfig(**options)  # type: ignore[arg-type]
+
+
+def test_accuracy_is_a_count_whatever_the_batches() -> None:
+    """Early stopping asks whether one is above another, and means times sizes add up to a count only nearly."""
+    labels = (torch.arange(90) % 3 == 0).long()  # the model says 0 of each
+    for size in (1, 7, 13, 30, 49, 90):
+        means = measure.Means("released", MASKED)
+        for part in labels.split(size):
+            n = len(part)
+            batch = Batch(torch.zeros(n, dtype=torch.int64), offsets([1] * n), part, 1, list(range(n)))
+            means.add_batch(batch, ClassifierOutput(torch.zeros(n, 2), torch.zeros(n, 1), (), None), {})
+        assert means.collected()["accuracy"] == (60.0, 90)
 
 
 def test_above_counts_pairs_with_ties_half() -> None:

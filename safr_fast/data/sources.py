@@ -98,7 +98,7 @@ def _stratified(split: Split, share: float, seed: int | None) -> tuple[Split, Sp
     taken: set[int] = set()
     for label in sorted(set(split.labels)):
         rows = [i for i, other in enumerate(split.labels) if other == label]
-        count = round(share * len(rows))
+        count = max(1, round(share * len(rows)))
         taken.update(rows[len(rows) - count :] if seed is None else random.sample(rows, count))
     kept = [i for i in range(len(split)) if i not in taken]
     return _rows(split, kept), _rows(split, sorted(taken))

@@ -1,11 +1,20 @@
 """What an evaluation is told."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from safr_fast.training.errors import OptionError
+
+
+def wrong_ks(ks: Sequence[float]) -> str:
+    """What is wrong with these per cents, or nothing."""
+    if any(not 0 < k <= 100 for k in ks):
+        return f"k must be per cents above 0 and at most 100, got {list(ks)}"
+    if ks and max(ks) < 1:
+        return f"k is in per cent, got {list(ks)}: pass {[100 * k for k in ks]}"
+    return f"k must name each per cent once, got {list(ks)}" if len(set(ks)) < len(ks) else ""
 
 
 @dataclass(frozen=True)
@@ -30,15 +39,17 @@ class EvaluationConfig:
     """Of the random deletions, the drawn texts and the resampling."""
 
     def __post_init__(self) -> None:
-        if not self.k or any(not 0 < k <= 100 for k in self.k):
-            raise OptionError(f"k must be per cents above 0 and at most 100, got {list(self.k)}")
-        if len(set(self.k)) < len(self.k):
-            raise OptionError(f"k must name each per cent once, got {list(self.k)}")
+        if wrong := wrong_ks(self.k):
+            raise OptionError(wrong)
+        if not self.k:
+            raise OptionError("k must name at least one per cent")
         least = {"draws": 5, "normalised": 0, "texts": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise OptionError(f"{name} must be at least {bound}, got {value!r}")
+        if self.seed >= 2**50:
+            raise OptionError(f"seed must be below 2^50, got {self.seed}")
 
     def differs(self, stored: Mapping[str, Any]) -> str:
         """The options in which a stored configuration differs, as a sentence's part."""

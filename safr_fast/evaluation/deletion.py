@@ -2,7 +2,7 @@
 
 Everything here works on any ``predict``: a function from texts, each a sequence of words, to class probabilities
 ``(texts, classes)``. A text may be longer than its scores: a model that reads the first T words scores those alone,
-words are chosen among them, and once they are gone later words slide into the model's window.
+k % of all its words are chosen among them, and once they are gone later words slide into the model's window.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safr_fast.arguments import describe
+from safr_fast.evaluation.config import wrong_ks
 
 Words = Sequence[str]
 Predict = Callable[[Sequence[Words]], Tensor]
@@ -20,8 +21,8 @@ _CHUNK = 256
 
 
 def count(words: int, scored: int, k: float) -> int:
-    """How many words deleting k % takes: ``max(1, ⌊k · scored / 100⌋)``, but never the last word of a text."""
-    return max(0, min(max(1, int(round(k * scored / 100, 9))), words - 1))
+    """How many words deleting k % takes: ``max(1, ⌊k · words / 100⌋)`` of the scored ones, never a text's last word."""
+    return max(0, min(max(1, int(round(k * words / 100, 9))), scored, words - 1))
 
 
 def order(scores: Tensor) -> list[int]:
@@ -107,7 +108,7 @@ def measure(
                 parts[name][k].append(torch.stack([rest, next(predictions)] if sufficiency else [rest]))
     probabilities = torch.cat(whole)  # (N, classes)
     classes = probabilities.shape[1]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"labels must be among the {classes} classes of predict, from 0, got {labels.unique().tolist()}"
         )
@@ -117,24 +118,22 @@ def measure(
 def _check_ks(ks: Sequence[float]) -> None:
     if not isinstance(ks, Sequence):
         raise TypeError(f"ks must be a list of per cents, got {describe(ks)}")
-    if any(not 0 < k <= 100 for k in ks):
-        raise ValueError(f"k must be above 0 and at most 100 per cent, got {list(ks)}")
-    if ks and max(ks) < 1:
-        raise ValueError(f"k is in per cent, got {list(ks)}: pass {[100 * k for k in ks]}")
-    if len(set(ks)) < len(ks):
-        raise ValueError(f"k must name each per cent once, got {list(ks)}")
+    if wrong := wrong_ks(ks):
+        raise ValueError(wrong)
 
 
 def _checked(
     texts: Sequence[Words], labels: Tensor | Sequence[int], scores: Mapping[str, Sequence[Tensor | Sequence[float]]]
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """Labels and scores as tensors on the CPU."""
+    if not len(texts):
+        raise ValueError("texts must hold at least one text, got none")
     if any(isinstance(text, str) for text in texts):
         raise TypeError("texts must be sequences of words, got a string: pass text.split()")
     classes = _tensor("labels", labels)
     if classes.shape != (len(texts),):
         raise ValueError(f"labels must have shape ({len(texts)},), one for each text, got {tuple(classes.shape)}")
-    if len(texts) and (classes.is_floating_point() or classes.dtype == torch.bool):
+    if classes.is_floating_point() or classes.dtype == torch.bool:
         raise TypeError(f"labels must be the numbers of classes, whole, got {describe(classes)}: pass labels.long()")
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores must be by the rankers' names, such as {{'vmask': [...]}}, got {describe(scores)}")
@@ -167,7 +166,7 @@ def probabilities_of(predict: Predict, texts: Sequence[Words], batch_size: int |
     p = torch.cat(given).double()
     sums = p.sum(-1)
     # In 16 bits a softmax comes to 1 only about.
-    slack = max(1e-3, *(4 * torch.finfo(x.dtype).eps for x in given if x.is_floating_point()))
+    slack = max([1e-3, *(4 * torch.finfo(x.dtype).eps for x in given if x.is_floating_point())])
     if p.dim() != 2 or len(p) != len(texts) or not ((sums - 1).abs() <= slack).all():
         worst = "" if p.dim() != 2 else f", sums from {sums.min():.4g} to {sums.max():.4g}"
         raise ValueError(

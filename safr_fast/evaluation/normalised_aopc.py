@@ -6,20 +6,22 @@ Between the worst and the best order of the same words a score has a scale of it
 Source: Edin et al. 2024, *Normalized AOPC* (arXiv 2408.08137).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from safr_fast.evaluation.deletion import Predict, Words, order, probabilities_of, without
 
 
-def aopc(predict: Predict, words: Words, scores: Tensor) -> float:
+def aopc(predict: Predict, words: Words, scores: Tensor | Sequence[float]) -> float:
     """Mean fall of p(ŷ) over deleting 1, 2, … of the scored words, highest first, down to the last word of the text.
 
     Raises:
         ValueError: fewer than two words, of which none can be deleted.
     """
     _check(words)
-    ranked = order(scores)
+    ranked = order(torch.as_tensor(scores))
     steps = min(len(ranked), len(words) - 1)
     probabilities = probabilities_of(predict, [words, *(without(words, ranked[:i]) for i in range(1, steps + 1))])
     curve = probabilities[:, probabilities[0].argmax()]
@@ -33,9 +35,11 @@ def limits(predict: Predict, words: Words, scored: int, *, beam: int = 5) -> tup
     sets, else an inner bound.
 
     Raises:
-        ValueError: fewer than two words, of which none can be deleted.
+        ValueError: fewer than two words, of which none can be deleted; none of them is scored.
     """
     _check(words)
+    if scored < 1:
+        raise ValueError(f"scored must be at least 1, the number of words to delete among, got {scored}")
     whole = probabilities_of(predict, [words])[0]
     target = whole.argmax()
     steps = min(scored, len(words) - 1)

@@ -42,7 +42,8 @@ def score(
 
 def _of_batch(model: TransformerClassifier, batch: Padded, gradients: bool) -> dict[str, Tensor]:
     output, states = hidden_states(model, batch.ids, batch.mask)
-    scores = {f"capacity:{place}": exact_capacity(h, batch.mask) for place, h in states.items()}
+    # Rounded, since equal words are ties by definition, and what a float64 sum leaves in its last digits is no order.
+    scores = {f"capacity:{place}": exact_capacity(h, batch.mask).round(decimals=12) for place, h in states.items()}
     if output.gate is not None:
         scores["vmask"] = output.gate
     scores["attention"] = _received(*output.qk[-1], batch.mask)

@@ -1,7 +1,8 @@
 """A run evaluated: every ranker of its model, measured by deletion on the test split."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -18,15 +19,15 @@ from safr_fast.evaluation.predictor import Predictor
 from safr_fast.evaluation.rankers import Scores, score
 from safr_fast.evaluation.statistics import bootstrap, paired_test
 from safr_fast.training import load_run
-from safr_fast.training.errors import OptionError
+from safr_fast.training.errors import OptionError, RunError
 from safr_fast.training.loop import load_corpus
-from safr_fast.training.run import write_json
+from safr_fast.training.run import RunFolder, write_json
 from safr_fast.training.settings import choose_device
 
 FILE = "evaluation.json"
 RANDOM = "random"
-REFERENCE = "capacity:ffn1_pre"
-"""The ranker that the others are tested against: the place whose capacity reproduces the paper's SRS."""
+REFERENCE = "ffn1_pre"
+"""The place whose capacity reproduces the paper's SRS, in the last layer: what the other rankers are tested against."""
 IMPORTANT = 30
 """Per cent of a text's words, by VMASK's probability, that Table 3 calls important."""
 _SHORT = 24
@@ -45,12 +46,15 @@ def evaluate_run(
     """Evaluate a run on its test split, and write the result into its folder.
 
     Raises:
-        RunError: no such run, or one without a finished epoch.
+        RunError: no such run, one without a finished epoch, or no right to write into its folder.
         DataUnavailable: the run's data set is not where it was; give ``data_dir``.
         ModuleNotFoundError: gradients are asked for and captum is not installed.
     """
     config = config or EvaluationConfig()
     model, vocabulary, trained = load_run(run)
+    if not os.access(run, os.W_OK):
+        raise RunError(f"{run} takes no {file}, it cannot be written to: evaluate a copy of the folder")
+    weights = RunFolder(Path(run)).digest()
     model = model.to(choose_device(device))
     if data_dir is not None:
         trained = dataclasses.replace(trained, data_dir=Path(data_dir))
@@ -61,6 +65,7 @@ def evaluate_run(
     scores = score(model, predictor.encode(split.texts), gradients=config.gradients, progress=_bar("scores"))
     result = {
         "config": config.to_json(),
+        "weights": weights,
         "run": {name: value for name, value in trained.to_json().items() if name not in ("data_dir", "out")},
         **evaluate_scores(predictor, split, scores, config),
     }
@@ -76,8 +81,8 @@ def evaluate_scores(
     Args:
         predict: class probabilities ``(texts, classes)`` of texts, each a list of words. It batches them itself.
         split: N texts, as strings, and their labels.
-        scores: by ranker, for each text a tensor of the scores of its first words. Of those named ``capacity:...`` the
-            average is given too; random deletion is added.
+        scores: by ranker, for each text a tensor of the scores of its first words, of as many for every ranker. Of
+            those named ``capacity:...`` the average is given too; random deletion is added.
         config: k, draws of random deletion, sufficiency, the number of short texts for normalised AOPC, the seed.
 
     Returns:
@@ -89,13 +94,14 @@ def evaluate_scores(
 
     Raises:
         OptionError: ``config`` names a ranker that is not among ``scores``.
-        TypeError, ValueError: as :func:`safr_fast.evaluation.measure`.
+        TypeError, ValueError: as :func:`safr_fast.evaluation.measure`; rankers score different numbers of words.
     """
     texts = [text.split() for text in split.texts]
     labels = torch.tensor(split.labels)
-    capacities = average_capacity(scores)
     lengths = next(iter(scores.values()))
     _check_rankers(config, scores)
+    _check_lengths(scores)
+    capacities = average_capacity(scores)
     scores = {name: scores[name] for name in config.rankers or scores}
     draws = {f"{RANDOM}/{i}": deletion.random_scores(lengths, config.seed * 1_000 + i) for i in range(config.draws)}
     measured = deletion.measure(
@@ -108,9 +114,9 @@ def evaluate_scores(
         "texts": len(texts),
         "one_word_texts": sum(len(words) == 1 for words in texts),
         **_with_interval({"accuracy": (whole == labels).double()}, config.seed),
-        "predicted_positive": whole.double().mean().item(),
+        "predicted_positive": (whole == 1).double().mean().item(),
         "capacity": capacities,
-        "reference": REFERENCE if REFERENCE in measured else RANDOM,
+        "reference": reference(measured),
         "rankers": {name: _of_ranker(by_k, measured, config) for name, by_k in measured.items()},
         "normalised_aopc": _normalised(predict, texts, scores | draws, config),
     }
@@ -120,6 +126,18 @@ def _check_rankers(config: EvaluationConfig, scores: Scores) -> None:
     unknown = set(config.rankers) - set(scores)
     if unknown:
         raise OptionError(f"rankers must be among {', '.join(scores)}, got {', '.join(sorted(unknown))}")
+
+
+def _check_lengths(scores: Scores) -> None:
+    first, rows = next(iter(scores.items()))
+    for name, others in scores.items():
+        if [len(row) for row in others] != [len(row) for row in rows]:
+            raise ValueError(f"scores[{name!r}] must score as many words of each text as scores[{first!r}]")
+
+
+def reference(rankers: Iterable[str]) -> str:
+    """The one among them that the others are tested against."""
+    return next((name for name in reversed(list(rankers)) if name.endswith(REFERENCE)), RANDOM)
 
 
 def average_capacity(scores: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, float]]:
@@ -152,14 +170,14 @@ def _of_ranker(
     config: EvaluationConfig,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"k": {}}
-    reference = measured.get(REFERENCE, measured[RANDOM])
+    against = measured[reference(measured)]
     for k, values in by_k.items():
         shown = {name: value for name, value in values.items() if name != "predicted"}
         shown["accuracy"] = shown.pop("correct")
         result["k"][f"{k:g}"] = {
             **_with_interval(shown, config.seed),
-            "predicted_positive": values["predicted"].mean().item(),
-            "p_against_reference": paired_test(values["correct"], reference[k]["correct"], seed=config.seed),
+            "predicted_positive": (values["predicted"] == 1).double().mean().item(),
+            "p_against_reference": paired_test(values["correct"], against[k]["correct"], seed=config.seed),
             "p_against_random": paired_test(values["correct"], measured[RANDOM][k]["correct"], seed=config.seed),
         }
     for name in ("comprehensiveness", "sufficiency"):

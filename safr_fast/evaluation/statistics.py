@@ -9,9 +9,15 @@ from torch import Tensor
 
 
 def bootstrap(values: Tensor, *, draws: int = 2_000, level: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Percentile bootstrap interval of means over texts: ``(N, ...)`` to two of ``(...)``; one resample serves all."""
+    """Percentile bootstrap interval of means over texts: ``(N, ...)`` to two of ``(...)``; one resample serves all.
+
+    Raises:
+        ValueError: no texts.
+    """
     generator = torch.Generator().manual_seed(seed)
     N = len(values)
+    if not N:
+        raise ValueError(f"values must hold at least one text, got shape {tuple(values.shape)}")
     flat = values.double().reshape(N, -1)
     means = []
     size = max(1, 5_000_000 // N)

@@ -167,7 +167,7 @@ def deletion(evaluation: Mapping[str, Any]) -> Figure:
     """Accuracy by k: three rankers and the control, with the intervals over texts."""
     curves = {}
     for name, shown in {
-        "capacity:ffn1_pre": "capacity, FFN1",
+        evaluation["reference"]: "capacity, FFN1",
         "capacity:vmask": "capacity, VMASK",
         "vmask": "VMASK probability",
         "random": "random",
@@ -194,8 +194,10 @@ def vocabulary(model: TransformerClassifier, words: Sequence[str]) -> dict[str, 
     with torch.no_grad():
         x = model.embedding.weight[2:] * model.embedding.embedding_dim**0.5  # padding and the unknown word apart
         gate = None if model.gate is None else model.gate(x)
-        h = x if gate is None else gate.unsqueeze(-1) * x
-        values = functional.capacity(h / h.abs().max().clamp(min=torch.finfo(h.dtype).tiny))
+        h = (x if gate is None else gate.unsqueeze(-1) * x).double()
+        # The definition by the feature moment: one W×W matrix over IMDB's vocabulary would take 70 GB.
+        squares = (h * h).sum(1) ** 2
+        values = squares / ((h @ (h.T @ h)) * h).sum(1).clamp(min=torch.finfo(h.dtype).tiny)
     kept = torch.arange(len(values)) if gate is None else (gate > 0.5).nonzero().squeeze(1)
     if not len(kept):
         kept = torch.arange(len(values))

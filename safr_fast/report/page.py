@@ -58,6 +58,9 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
         texts = _examples(load_corpus(moved).test)
     looked_into = [content.of_text(model, predictor, text) for text in texts]
     evaluation = RunFolder(run).load_result(EVALUATION)
+    outdated = evaluation is not None and evaluation.get("weights") != RunFolder(run).digest()
+    if outdated:
+        evaluation = None
     drawn: dict[str, bytes] = {}
 
     def uri(name: str, figure: Figure) -> str:
@@ -91,6 +94,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
         texts=shown,
         start=_START,
         evaluation=evaluation,
+        outdated=outdated,
         k=_nearest_30(evaluation),
         deletion=uri("deletion", content.deletion(evaluation)) if evaluation else None,
         training=uris("training", content.training(run)),

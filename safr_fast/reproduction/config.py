@@ -14,6 +14,10 @@ from safr_fast.training.errors import OptionError
 Target = Literal["table1", "table2", "table3", "figure3"]
 
 
+def _usual(target: Target) -> Literal["released", "both"]:
+    return "both" if target == "table1" else "released"
+
+
 @dataclass(frozen=True)
 class ReproductionConfig:
     """Which runs a table or figure is made of."""
@@ -56,6 +60,8 @@ class ReproductionConfig:
             raise OptionError(f"seeds must be at least 1, got {self.seeds!r}")
         if self.normalised < 0:
             raise OptionError(f"normalised must be at least 0, got {self.normalised!r}")
+        if not self.model.gate:
+            raise OptionError("model.gate belongs to the rows: give --rows baseline for the transformer without VMASK")
         if self.model.layers != 1:
             raise OptionError(f"model.layers must be 1, as in the paper, got {self.model.layers}")
         for row in self.rows:
@@ -65,7 +71,7 @@ class ReproductionConfig:
         return tuple(dict.fromkeys(map(Setting.of, self.rows))) or rows(target, self.dataset)
 
     def protocols(self, target: Target) -> tuple[Literal["masked", "released"], ...]:
-        protocol = self.protocol or ("both" if target == "table1" else "released")
+        protocol = self.protocol or _usual(target)
         return ("masked", "released") if protocol == "both" else (protocol,)
 
     def departures(self) -> dict[str, Any]:
@@ -79,7 +85,8 @@ class ReproductionConfig:
     def stem(self, target: Target) -> Path:
         """A table's files, without their endings."""
         form = "" if self.variant == "released" else f"-{self.variant}"
-        return self.out / f"{target}-{self.dataset}{form}"
+        protocol = "" if self.protocol in (None, _usual(target)) else f"-{self.protocol}"
+        return self.out / f"{target}-{self.dataset}{form}{protocol}"
 
     def training(self, protocol: Literal["masked", "released"], setting: Setting, seed: int) -> TrainConfig:
         form = "" if self.variant == "released" else f"-{self.variant}"

@@ -1,14 +1,15 @@
 """Training and evaluating what a table lacks, and writing the table after every run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safr_fast.evaluation.config import EvaluationConfig
 from safr_fast.evaluation.run import evaluate_run
 from safr_fast.reproduction.config import ReproductionConfig, Target
 from safr_fast.reproduction.gradients import gradient_shares
+from safr_fast.reproduction.settings import Setting
 from safr_fast.reproduction.tables import figure, markdown, summarise
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
@@ -17,94 +18,146 @@ from safr_fast.training.run import WHERE, RunFolder, changed, write_atomically, 
 from safr_fast.training.settings import settings
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One of the runs that a table is made of."""
+
+    target: Target
+    config: ReproductionConfig
+    protocol: Literal["masked", "released"]
+    setting: Setting
+    seed: int
+
+    @property
+    def training(self) -> TrainConfig:
+        return self.config.training(self.protocol, self.setting, self.seed)
+
+    @property
+    def folder(self) -> RunFolder:
+        assert self.training.out is not None
+        return RunFolder(self.training.out)
+
+    @property
+    def finished(self) -> bool:
+        return self.folder.summary_file.exists()
+
+    @property
+    def file(self) -> str:
+        """Of its evaluation."""
+        return "evaluation-figure3.json" if self.target == "figure3" else "evaluation-tables.json"
+
+    def stored(self) -> dict[str, Any] | None:
+        """Its evaluation, if there is one as it is asked for."""
+        stored = self.folder.load_result(self.file)
+        return stored if stored and stored["config"] == self.config.evaluation(self.target).to_json() else None
+
+    def result(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+        gradients = gradient_shares(self.folder)
+        return {
+            "protocol": self.protocol,
+            "setting": self.setting,
+            "seed": self.seed,
+            "evaluation": evaluation,
+            "gradients": gradients,
+        }
+
+
 def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[str], None] = print) -> str:
     """Make a table or figure from runs, of which those that are missing are trained; gives it as Markdown.
 
-    Writes ``<target>-<dataset>.json`` and ``.md`` into ``config.out`` (``<target>-<dataset>-paper`` for that variant),
-    for ``figure3`` an ``.svg`` for each protocol too, again after every run: what is done is there whenever the work is
-    interrupted, and is not done again. Of a finished run that is evaluated the small files are enough, its weights may
-    be gone.
+    Writes ``<target>-<dataset>.json`` and ``.md`` into ``config.out``, with ``-paper`` for that variant and with the
+    protocol where it is not the table's usual one; for ``figure3`` an ``.svg`` for each protocol too. First from all
+    runs that are done, then again after every other: what is done is there whenever the work is interrupted, and is not
+    done again. Of a finished run that is evaluated the small files are enough, its weights may be gone.
 
     Raises:
-        RunError: a run in ``config.out`` was trained by other options, or has to be evaluated anew and its weights are
-            gone; or ``finished_only``, and none is.
+        RunError: a run in ``config.out`` was trained by other options or on other data, or has to be evaluated anew and
+            its weights are gone; or ``finished_only``, and none is.
     """
-    evaluation = config.evaluation(target)
-    results: list[dict[str, Any]] = []
-    stem = config.stem(target)
     plan = [
-        (protocol, setting, seed)
+        _Run(target, config, protocol, setting, seed)
         for seed in range(config.seeds)
         for protocol in config.protocols(target)
         for setting in config.settings(target)
     ]
+    config.evaluation(target)  # what is wrong with it is said before the work
+    results: dict[_Run, dict[str, Any]] = {}
     text = ""
-    for number, (protocol, setting, seed) in enumerate(plan, 1):
-        training = config.training(protocol, setting, seed)
-        assert training.out is not None
-        folder = RunFolder(training.out)
-        if config.finished_only and not folder.summary_file.exists():
+    for run in plan:
+        if run.finished and (stored := run.stored()):
+            _check_options(run)
+            results[run] = run.result(stored)
+    if results:
+        text = _written(target, config, plan, results)
+    for number, run in enumerate(plan, 1):
+        if run in results or (config.finished_only and not run.finished):
             continue
-        report(f"{number}/{len(plan)}: {folder.path}")
-        _trained(training, report)
-        results.append(
-            {
-                "protocol": protocol,
-                "setting": setting,
-                "seed": seed,
-                "evaluation": _evaluated(target, training, evaluation, config),
-                "gradients": gradient_shares(folder),
-            }
-        )
-        summary = summarise(target, config.dataset, results, config.departures())
-        text = markdown(summary)
-        write_json(stem.with_suffix(".json"), summary)
-        write_atomically(stem.with_suffix(".md"), partial(Path.write_text, data=text, encoding="utf-8"))
-        if target == "figure3":
-            figure(summary, stem)
+        report(f"{number}/{len(plan)}: {run.folder.path}")
+        _train(run, report)
+        results[run] = run.result(_evaluated(run))
+        text = _written(target, config, plan, results)
     if not results:
         raise RunError(f"no run of {target} is finished in {config.out}: leave out --finished-only to train them")
     return text
 
 
-def _trained(config: TrainConfig, report: Callable[[str], None]) -> None:
+def _written(
+    target: Target, config: ReproductionConfig, plan: Sequence[_Run], results: Mapping[_Run, dict[str, Any]]
+) -> str:
+    """The table of the runs that are done, in the plan's order."""
+    done = [run for run in plan if run in results]
+    _check_data([(run.folder.path, results[run]["evaluation"]["texts"]) for run in done])
+    summary = summarise(target, config.dataset, [results[run] for run in done], config.departures())
+    text, stem = markdown(summary), config.stem(target)
+    write_json(stem.with_name(f"{stem.name}.json"), summary)
+    write_atomically(stem.with_name(f"{stem.name}.md"), partial(Path.write_text, data=text, encoding="utf-8"))
+    if target == "figure3":
+        figure(summary, stem)
+    return text
+
+
+def _check_data(texts: Sequence[tuple[Path, int]]) -> None:
+    """SST-2's rows are the paper's in one place and all of them in another."""
+    (first, count), *others = texts
+    for path, other in others:
+        if other != count:
+            raise RunError(
+                f"{first} was evaluated on {count:,} test texts, {path} on {other:,}: their data are not the same; "
+                "make a table of each in a folder of its own, by --out"
+            )
+
+
+def _train(run: _Run, report: Callable[[str], None]) -> None:
     """A run that is finished stays; one that was begun goes on."""
-    assert config.out is not None
-    folder = RunFolder(config.out)
-    begun = folder.config_file.exists()
+    begun = run.folder.config_file.exists()
     if begun:
-        _check_options(folder, config)
-    finished = folder.summary_file.exists()
-    train(config, resume=begun, report=(lambda _: None) if finished else report)
+        _check_options(run)
+    train(run.training, resume=begun, report=(lambda _: None) if run.finished else report)
 
 
-def _check_options(folder: RunFolder, wanted: TrainConfig) -> None:
+def _check_options(run: _Run) -> None:
     """A row is the mean over runs that differ in their seed alone."""
-    recorded = folder.stored_config().log_gradients
+    before = run.folder.stored_config()
 
     def pardoned(name: str, value: object) -> bool:
-        return name in (*WHERE, "out") or (name == "log_gradients" and recorded)
+        return name in (*WHERE, "out") or (name == "log_gradients" and before.log_gradients)
 
-    changes = changed(folder.stored_config(), wanted.resolved(), pardoned)
+    changes = changed(before, run.training.resolved(), pardoned)
     if changes:
         raise RunError(
-            f"{folder.path} was trained with {changes}: give the same options, or another folder of runs by --out"
+            f"{run.folder.path} was trained with {changes}: give the same options, or another folder of runs by --out"
         )
 
 
-def _evaluated(
-    target: Target, training: TrainConfig, evaluation: EvaluationConfig, config: ReproductionConfig
-) -> dict[str, Any]:
-    assert training.out is not None
-    folder = RunFolder(training.out)
-    name = "evaluation-figure3.json" if target == "figure3" else "evaluation-tables.json"
-    stored = folder.load_result(name)
-    if stored is not None and stored["config"] == evaluation.to_json():
+def _evaluated(run: _Run) -> dict[str, Any]:
+    evaluation, folder = run.config.evaluation(run.target), run.folder
+    if stored := run.stored():
         return stored
     if not folder.model_file.exists():
-        why = f"it has no {name}"
-        if stored is not None:
-            why = f"{name} was made with {evaluation.differs(stored['config'])}"
+        other = folder.load_result(run.file)
+        why = f"{run.file} was made with {evaluation.differs(other['config'])}" if other else f"it has no {run.file}"
         raise RunError(f"{folder.path} cannot be evaluated, its weights are gone; {why}")
-    with settings(training):
-        return evaluate_run(training.out, evaluation, data_dir=config.data_dir, device=config.device, file=name)
+    with settings(run.training):
+        return evaluate_run(
+            folder.path, evaluation, data_dir=run.config.data_dir, device=run.config.device, file=run.file
+        )

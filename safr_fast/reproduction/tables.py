@@ -191,7 +191,7 @@ def _cell(value: Sequence[float | None], digits: int = 2) -> str:
 
 
 def figure(summary: Mapping[str, Any], stem: Path) -> None:
-    """Figure 3 of each protocol, as ``<stem>-<protocol>.svg``."""
+    """Figure 3 of each protocol, as ``<stem>-<protocol>.svg``; a stem that ends so already says it once."""
     from safr_fast.report.figures import accuracy_by_k, svg
 
     for protocol in sorted({row["protocol"] for row in summary["rows"]}):
@@ -202,7 +202,9 @@ def figure(summary: Mapping[str, Any], stem: Path) -> None:
                     points = [(0.0, *_band(row["accuracy"]))]
                     points += [(float(k), *_band(values["accuracy"])) for k, values in by_k.items()]
                     curves[f"{row['setting']}, {'random' if name == _RANDOM else 'capacity'}"] = points
-        stem.with_name(f"{stem.name}-{protocol}.svg").write_bytes(svg(accuracy_by_k(curves)))
+        stem.with_name(f"{stem.name.removesuffix(f'-{protocol}')}-{protocol}.svg").write_bytes(
+            svg(accuracy_by_k(curves))
+        )
 
 
 def _band(value: Sequence[float | None]) -> tuple[float, float, float]:

@@ -84,7 +84,7 @@ def train(
         if summary is not None:
             result = TrainResult(**summary | {"out": folder.path})
             say(f"{folder.path} is finished")
-            if team.first:
+            if team.first and folder.state_file.exists():
                 folder.close()
         else:
             with settings(config) as device:
@@ -121,7 +121,7 @@ class _Run:
         team: Processes,
         report: Callable[[str], None],
     ) -> None:
-        resolve(config.impl, device.type, torch.float32)
+        resolve(config.impl, device, torch.float32)
         self.config, self.folder, self.device, self.team, self.report = config, folder, device, team, report
         self.protocol = PROTOCOLS[config.protocol]
         corpus = load_corpus(config)

@@ -40,13 +40,16 @@ class Means:
         """``weight``: what each value is a mean over, for example samples. None: not measured."""
         for name, value in values.items():
             if value is not None:
-                self._sums[name] = self._sums.get(name, 0) + value.detach().double() * weight
-                self._weights[name] = self._weights.get(name, 0) + weight
+                self._add_sum(name, value.detach().double() * weight, weight)
+
+    def _add_sum(self, name: str, total: Tensor, weight: Tensor | int) -> None:
+        self._sums[name] = self._sums.get(name, 0) + total
+        self._weights[name] = self._weights.get(name, 0) + weight
 
     def add_batch(self, batch: Batch, output: ClassifierOutput, terms: Mapping[str, Tensor | None]) -> None:
         """The terms, the accuracy, and the mean gate over words."""
-        accuracy = (output.logits.argmax(dim=1) == batch.labels).double().mean()
-        self.add({"accuracy": accuracy}, len(batch.rows))
+        # Counted: early stopping asks whether it is better, and a sum of means is only nearly the same.
+        self._add_sum("accuracy", (output.logits.argmax(dim=1) == batch.labels).double().sum(), len(batch.rows))
         for name, value in terms.items():
             per_token = self._importance_is_per_token and name in ("importance", "importance_weighted")
             self.add({name: value}, len(batch.ids) if per_token else len(batch.rows))

@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, and writing it so that a kill at any moment leaves it whole."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -99,9 +100,9 @@ class RunFolder:
         write_atomically(self.vocabulary_file, lambda file: file.write_text(vocabulary.to_json(), encoding="utf-8"))
 
     def close(self) -> None:
-        """Leave nothing of a finished run that only an unfinished one needs."""
-        self.state_file.unlink(missing_ok=True)
+        """Leave nothing of a finished run that only an unfinished one needs; its state goes last."""
         self._clear()
+        self.state_file.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Remove what a kill left half written."""
@@ -154,6 +155,10 @@ class RunFolder:
     def save_model(self, weights: dict[str, Tensor]) -> None:
         write_atomically(self.model_file, lambda file: save_file(weights, file))
 
+    def digest(self) -> str:
+        """Of the tested weights: what was made from them can tell whether they are still the same."""
+        return hashlib.sha256(self.model_file.read_bytes()).hexdigest()
+
     def load_model(self) -> dict[str, Tensor]:
         if not self.model_file.exists():
             why = "it was removed" if self.summary_file.exists() else "the run has not finished an epoch"
@@ -170,7 +175,8 @@ class RunFolder:
             return None
         remedy = "remove it to begin again at the first epoch"
         with _undamaged(self.state_file, remedy), safe_open(self.state_file, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copied, since Windows replaces no file that is mapped into memory.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             values = json.loads(file.metadata()["progress"])
             return tensors, Progress(**values | {"begun": Epoch(**values["begun"])})
 
@@ -247,8 +253,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """The file is either the old one or the new one, whenever the process is killed or the machine fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()  # safetensors would make it readable by its owner alone
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes it readable by its owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
