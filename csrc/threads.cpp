@@ -8,7 +8,10 @@
 #include <thread>
 
 #if defined(__linux__)
+#include <link.h>
 #include <sys/mman.h>
+
+#include <cstring>
 #endif
 
 namespace safr {
@@ -25,9 +28,18 @@ GompParallel find_gomp_parallel() {
 #if defined(__SANITIZE_THREAD__)
   return nullptr;  // its barriers are unknown to the sanitizer
 #endif
-  // Other packages bring copies of their own: what torch itself is linked to is found by its handle.
-  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* symbol = torch ? dlsym(torch, "GOMP_parallel") : nullptr;
+  void* symbol = nullptr;
+#if defined(__linux__)
+  // Other packages bring copies of their own: the one that torch is linked to is found by torch's handle.
+  dl_iterate_phdr(
+      [](dl_phdr_info* library, size_t, void* found) {
+        if (!library->dlpi_name || !std::strstr(library->dlpi_name, "libtorch_cpu")) return 0;
+        void* torch = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+        if (torch) *static_cast<void**>(found) = dlsym(torch, "GOMP_parallel");
+        return 1;
+      },
+      &symbol);
+#endif
   if (!symbol) symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
   return reinterpret_cast<GompParallel>(symbol);
 }

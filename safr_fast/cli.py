@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Leaves by SystemExit with 2 for what the user can mend, 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):  # one redirected on Windows may know no λ
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
     # Read when torch is loaded. Otherwise its idle threads spin on cores that others need, such as this package's own
     # threads: on a busy machine of two cores an epoch took three times as long.

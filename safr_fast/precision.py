@@ -8,11 +8,18 @@ _BY_BACKEND = {"tf32": "high", "bf16": "medium"}
 def matmul_precision(device_type: str) -> str:
     """``"highest"``, ``"high"`` or ``"medium"``, whichever of PyTorch's two ways to say it was taken.
 
-    :func:`torch.get_float32_matmul_precision` raises once ``torch.backends.fp32_precision`` or its like for one kind of
-    device has been set to anything else.
+    Setting ``torch.backends.fp32_precision``, or its like for one kind of device, leaves
+    :func:`torch.get_float32_matmul_precision` as it was, or makes it raise.
     """
     try:
-        return torch.get_float32_matmul_precision()
+        precision = torch.get_float32_matmul_precision()
     except RuntimeError:
-        backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-        return _BY_BACKEND.get(backend.matmul.fp32_precision, "highest")
+        return _BY_BACKEND.get(_of_backend(device_type), "highest")
+    if precision != "highest" and _of_backend(device_type) == "ieee":
+        return "highest"
+    return precision
+
+
+def _of_backend(device_type: str) -> str:
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return getattr(backend.matmul, "fp32_precision", "none")  # PyTorch has it since 2.9

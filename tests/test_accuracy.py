@@ -117,8 +117,8 @@ def test_capacity_of_narrow_tokens_that_share_a_little_with_massive_ones(
 def test_measures_of_tokens_whose_two_large_features_cancel_beside_massive_ones(
     backend: str, measure: Callable[..., Tensor], share: float
 ) -> None:
-    """Massive activations sit on few features: of the moment's rounding, which is as large there, nothing averages out,
-    and it is the same for every token."""
+    """Massive activations sit on few features, so few entries of the moment are large. Their rounding errors do not
+    average out, and they are the same for every token."""
     tokens, width, big = 300, 64, 8
     h = normal(1, tokens, width, seed=2)
     h[..., :2] = 0

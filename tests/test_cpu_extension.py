@@ -230,18 +230,28 @@ def work():
 
 torch.set_num_threads(2)
 torch.randn(1000, 1000) @ torch.randn(1000, 1000)
-child = multiprocessing.get_context("fork").Process(target=work)
+{how_to_fork}
 child.start()
 child.join(50)
 if child.is_alive():
     child.kill()
+    child.join()
 sys.exit(child.exitcode)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-def test_a_forked_child_that_imports_the_package_first_does_not_hang() -> None:
-    assert subprocess.run([sys.executable, "-c", FORK_BEFORE_THE_IMPORT], timeout=60).returncode == 0
+@pytest.mark.parametrize(
+    "how_to_fork",
+    [
+        'child = multiprocessing.get_context("fork").Process(target=work)',
+        'multiprocessing.set_start_method("fork"); child = multiprocessing.Process(target=work)',
+    ],
+    ids=["a context's", "the usual one"],
+)
+def test_a_forked_child_that_imports_the_package_first_does_not_hang(how_to_fork: str) -> None:
+    code = FORK_BEFORE_THE_IMPORT.format(how_to_fork=how_to_fork)
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")

@@ -440,6 +440,13 @@ def test_an_evaluation_of_three_classes_and_two_layers() -> None:
     result = evaluate_scores(by_word, split, scores, EvaluationConfig(k=(30,), normalised=0))
     assert result["predicted_positive"] == pytest.approx(1 / 3)
     assert result["rankers"]["vmask"]["k"]["30"]["predicted_positive"] == pytest.approx(1 / 3)
+    words = [text.split() for text in split.texts]
+    draws = {str(i): random_scores(rows, i) for i in range(5)}
+    by_draw = measure(by_word, words, split.labels, draws, [30])
+    positive = torch.stack([by_draw[name][30]["predicted"] for name in draws]) == 1
+    control = result["rankers"]["random"]["k"]["30"]["predicted_positive"]
+    assert control == pytest.approx(positive.double().mean().item())
+    assert 0 < control < 0.5
     assert result["reference"] == "capacity:layer2.ffn1_pre"
     with pytest.raises(
         ValueError, match=re.escape("scores['vmask'] must score as many words of each text as scores['c")

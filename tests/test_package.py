@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,11 @@ def test_auto_says_so_once_when_it_must_use_the_reference(monkeypatch: pytest.Mo
         ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "highest", "high"),
         ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "medium", "highest"),
         ("torch.backends.fp32_precision = 'ieee'", "highest", "highest"),
+        (
+            "torch.set_float32_matmul_precision('high'); torch.backends.mkldnn.matmul.fp32_precision = 'ieee'",
+            "highest",
+            "high",
+        ),
     ],
 )
 def test_every_way_to_set_the_precision_is_understood(setting: str, on_cpu: str, on_gpu: str) -> None:
@@ -135,7 +141,7 @@ print(matmul_precision("cpu"), matmul_precision("cuda"))
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Two GPUs, the first too old, as far as asking for them goes."""
     from safr_fast.kernels import availability
 
@@ -143,7 +149,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (9, 0))[device.index])
-    return monkeypatch
+    monkeypatch.setattr(torch.version, "hip", None)
+    yield monkeypatch
+    dispatch._resolve.cache_clear()
 
 
 def test_each_gpu_is_judged_by_itself(gpus: pytest.MonkeyPatch) -> None:
@@ -157,7 +165,6 @@ def test_each_gpu_is_judged_by_itself(gpus: pytest.MonkeyPatch) -> None:
             else:
                 with pytest.warns(UserWarning, match=r"GPU 0 has compute capability 7.5, the kernels need 8.0"):
                     assert dispatch.resolve("auto", device, torch.float32) == "reference"
-    dispatch._resolve.cache_clear()
 
 
 def test_a_triton_without_the_products_is_refused(gpus: pytest.MonkeyPatch) -> None:

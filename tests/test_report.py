@@ -165,7 +165,7 @@ def test_an_evaluation_of_other_weights_is_not_shown_for_these(runs: dict[str, P
         model.classify.bias += 1
     RunFolder(run).save_model(model.state_dict())
     text = " ".join(read(report_run(run, ["good film"]).page).text)
-    assert "This run was evaluated with other weights, before it was trained further" in text
+    assert "This run was evaluated with other weights, or by an older version; after safr-fast evaluate" in text
     assert "At k = 30 %" not in text
 
 

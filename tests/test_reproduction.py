@@ -111,6 +111,7 @@ def test_runs_on_other_data_make_no_row_together(small: list[str], tmp_path: Pat
     reproduce("table2", config(tmp_path, seeds=2, **wanted), report=quiet)
     file = tmp_path / "synthetic-masked-baseline-seed1" / "evaluation-tables.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"texts": 31}))
+    assert ReproductionConfig(rows=["baseline"]).rows == ("baseline",)  # type: ignore[arg-type]
     with pytest.raises(RunError, match=r"seed0 was evaluated on 30 test texts, .*seed1 on 31: their data are not the"):
         reproduce("table2", config(tmp_path, seeds=2, **wanted), report=quiet)
 

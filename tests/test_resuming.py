@@ -72,6 +72,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) 
     random = Random(0)
     kills, resumed, runs = 0, 0, [tmp_path / "0"]
     while kills < 20 or resumed < 4:
+        assert kills + len(runs) < 500
         out = runs[-1]
         begun = (out / "config.json").exists()
         process = in_process(out, begun, options)

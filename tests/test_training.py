@@ -437,7 +437,7 @@ def test_options_that_would_do_nothing_are_named() -> None:
         ({"dataset": "imdb", "all_rows": True}, "all_rows is for sst2, got it for imdb: leave it out"),
     ):
         with pytest.raises(OptionError, match=message):
-            TrainConfig(**options)  # type: ignore[arg-type]
+            TrainConfig(**options).resolved()  # type: ignore[arg-type]
 
 
 def test_accuracy_is_a_count_whatever_the_batches() -> None:

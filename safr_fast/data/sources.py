@@ -93,12 +93,15 @@ def _imdb(folder: Path | None, seed: int | None) -> Corpus:
 
 
 def _stratified(split: Split, share: float, seed: int | None) -> tuple[Split, Split]:
-    """Most of a split, and a share of each class: drawn, or without a seed the last; both keep the split's order."""
+    """Most of a split, and a share of each class, at least one of several texts: drawn, or without a seed the last.
+
+    Both keep the split's order.
+    """
     random = Random(f"{seed}/dev")
     taken: set[int] = set()
     for label in sorted(set(split.labels)):
         rows = [i for i, other in enumerate(split.labels) if other == label]
-        count = max(1, round(share * len(rows)))
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
         taken.update(rows[len(rows) - count :] if seed is None else random.sample(rows, count))
     kept = [i for i in range(len(split)) if i not in taken]
     return _rows(split, kept), _rows(split, sorted(taken))

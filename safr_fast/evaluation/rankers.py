@@ -42,14 +42,19 @@ def score(
 
 def _of_batch(model: TransformerClassifier, batch: Padded, gradients: bool) -> dict[str, Tensor]:
     output, states = hidden_states(model, batch.ids, batch.mask)
-    # Rounded, since equal words are ties by definition, and what a float64 sum leaves in its last digits is no order.
-    scores = {f"capacity:{place}": exact_capacity(h, batch.mask).round(decimals=12) for place, h in states.items()}
+    scores = {f"capacity:{place}": _rounded(exact_capacity(h, batch.mask)) for place, h in states.items()}
     if output.gate is not None:
         scores["vmask"] = output.gate
     scores["attention"] = _received(*output.qk[-1], batch.mask)
     if gradients:
         scores |= _attributions(model, batch, output.logits.argmax(1))
     return scores
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """To 40 bits: equal vectors are ties, and what the order of a float64 sum leaves in its last digits is no order."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**40).round(), exponent - 40)
 
 
 def _received(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:

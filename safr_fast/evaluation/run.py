@@ -101,12 +101,13 @@ def evaluate_scores(
     lengths = next(iter(scores.values()))
     _check_rankers(config, scores)
     _check_lengths(scores)
-    capacities = average_capacity(scores)
+    places = scores
     scores = {name: scores[name] for name in config.rankers or scores}
     draws = {f"{RANDOM}/{i}": deletion.random_scores(lengths, config.seed * 1_000 + i) for i in range(config.draws)}
     measured = deletion.measure(
         predict, texts, labels, scores | draws, config.k, sufficiency=config.sufficiency, progress=_bar("deletion")
     )
+    measured = {name: {k: _with_positive(values) for k, values in by_k.items()} for name, by_k in measured.items()}
     control = [measured.pop(name) for name in draws]
     measured[RANDOM] = {k: _mean_of_draws([draw[k] for draw in control]) for k in config.k}
     whole = deletion.probabilities_of(predict, texts).argmax(1)
@@ -115,7 +116,7 @@ def evaluate_scores(
         "one_word_texts": sum(len(words) == 1 for words in texts),
         **_with_interval({"accuracy": (whole == labels).double()}, config.seed),
         "predicted_positive": (whole == 1).double().mean().item(),
-        "capacity": capacities,
+        "capacity": average_capacity(places),
         "reference": reference(measured),
         "rankers": {name: _of_ranker(by_k, measured, config) for name, by_k in measured.items()},
         "normalised_aopc": _normalised(predict, texts, scores | draws, config),
@@ -137,7 +138,8 @@ def _check_lengths(scores: Scores) -> None:
 
 def reference(rankers: Iterable[str]) -> str:
     """The one among them that the others are tested against."""
-    return next((name for name in reversed(list(rankers)) if name.endswith(REFERENCE)), RANDOM)
+    layers = [name for name in rankers if name.endswith(REFERENCE)]
+    return max(layers, key=lambda name: (len(name), name), default=RANDOM)  # layer10 after layer9
 
 
 def average_capacity(scores: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, float]]:
@@ -160,6 +162,12 @@ def average_capacity(scores: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[s
     return averages
 
 
+def _with_positive(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The measures with ``positive``, 1 where class 1 is predicted for the rest, for the class itself."""
+    kept = {name: value for name, value in values.items() if name != "predicted"}
+    return kept | {"positive": (values["predicted"] == 1).double()}
+
+
 def _mean_of_draws(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([draw[name] for draw in draws]).mean(0) for name in draws[0]}
 
@@ -172,11 +180,11 @@ def _of_ranker(
     result: dict[str, Any] = {"k": {}}
     against = measured[reference(measured)]
     for k, values in by_k.items():
-        shown = {name: value for name, value in values.items() if name != "predicted"}
+        shown = {name: value for name, value in values.items() if name != "positive"}
         shown["accuracy"] = shown.pop("correct")
         result["k"][f"{k:g}"] = {
             **_with_interval(shown, config.seed),
-            "predicted_positive": (values["predicted"] == 1).double().mean().item(),
+            "predicted_positive": values["positive"].mean().item(),
             "p_against_reference": paired_test(values["correct"], against[k]["correct"], seed=config.seed),
             "p_against_random": paired_test(values["correct"], measured[RANDOM][k]["correct"], seed=config.seed),
         }

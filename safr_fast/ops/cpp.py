@@ -17,6 +17,14 @@ from safr_fast import arguments
 from safr_fast.errors import BackendUnavailable
 from safr_fast.precision import matmul_precision
 
+
+def _forked() -> bool:
+    """Whether multiprocessing made this process by forking another."""
+    process = multiprocessing.current_process()
+    method = getattr(process, "_start_method", None) or multiprocessing.get_start_method(allow_none=True)
+    return multiprocessing.parent_process() is not None and method == "fork"
+
+
 try:
     import safr_fast._cpu as _cpu
 except ImportError as error:
@@ -25,10 +33,7 @@ except ImportError as error:
 else:
     # The extension may be loaded first in a forked child, which lacks the threads that torch started before. So may the
     # whole package be: of that multiprocessing knows, nothing does where a bare os.fork made the child.
-    home = safr_fast.PROCESS
-    if home == os.getpid() and type(multiprocessing.current_process()).__name__ == "ForkProcess":
-        home = os.getppid()
-    _cpu.set_home_process(home)
+    _cpu.set_home_process(os.getppid() if os.getpid() == safr_fast.PROCESS and _forked() else safr_fast.PROCESS)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}

@@ -56,6 +56,7 @@ class ReproductionConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "data_dir", "out")
+        object.__setattr__(self, "rows", tuple(self.rows))
         if self.seeds < 1:
             raise OptionError(f"seeds must be at least 1, got {self.seeds!r}")
         if self.normalised < 0:

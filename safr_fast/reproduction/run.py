@@ -71,8 +71,8 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
     done again. Of a finished run that is evaluated the small files are enough, its weights may be gone.
 
     Raises:
-        RunError: a run in ``config.out`` was trained by other options or on other data, or has to be evaluated anew and
-            its weights are gone; or ``finished_only``, and none is.
+        RunError: a run in ``config.out`` was trained by other options, was evaluated on other data than the rest, or
+            has to be evaluated anew and its weights are gone; or ``finished_only``, and none is.
     """
     plan = [
         _Run(target, config, protocol, setting, seed)
@@ -123,7 +123,7 @@ def _check_data(texts: Sequence[tuple[Path, int]]) -> None:
         if other != count:
             raise RunError(
                 f"{first} was evaluated on {count:,} test texts, {path} on {other:,}: their data are not the same; "
-                "make a table of each in a folder of its own, by --out"
+                "move the runs on one of them to another folder, and make a table of each by --out"
             )
 
 

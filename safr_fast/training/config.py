@@ -136,11 +136,6 @@ class TrainConfig:
             _at_least(self, name, 1)
         for name in ("seed", "data_seed", "max_len"):
             _at_least(self, name, 0)
-        if self.batch_size != TrainConfig.batch_size and (self.batch_tokens or self.full_length):
-            given = "batch_tokens" if self.batch_tokens else "full_length"
-            raise OptionError(f"batch_size counts texts, but {given} makes batches by tokens: give one of the two")
-        if self.all_rows and self.dataset != "sst2":
-            raise OptionError(f"all_rows is for sst2, got it for {self.dataset}: leave it out")
         if self.full_length and self.max_len:
             raise OptionError(f"full_length cuts no text, but max_len is {self.max_len}: give one of the two")
         if self.protocol == "released" and (self.full_length or self.max_len == 0):
@@ -159,7 +154,16 @@ class TrainConfig:
             raise OptionError(f"learning_rate must be finite and above 0, got {self.learning_rate!r}")
 
     def resolved(self) -> "TrainConfig":
-        """The same with the data set's own values for what was left open."""
+        """The same with the data set's own values for what was left open.
+
+        Raises:
+            OptionError: an option that would do nothing beside another.
+        """
+        if self.batch_size != TrainConfig.batch_size and (self.batch_tokens or self.full_length):
+            given = "batch_tokens" if self.batch_tokens else "full_length"
+            raise OptionError(f"batch_size counts texts, but {given} makes batches by tokens: give one of the two")
+        if self.all_rows and self.dataset != "sst2":
+            raise OptionError(f"all_rows is for sst2, got it for {self.dataset}: leave it out")
         values = _OWN[self.dataset] | (_FULL_LENGTH if self.full_length else {})
         if self.protocol == "released":
             values["max_len"] = _RELEASED_LENGTH[self.dataset]
