@@ -176,7 +176,8 @@ class RunFolder:
         remedy = "remove it to begin again at the first epoch"
         with _undamaged(self.state_file, remedy), safe_open(self.state_file, "pt") as file:
             # Copied, since Windows replaces no file that is mapped into memory.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
             values = json.loads(file.metadata()["progress"])
             return tensors, Progress(**values | {"begun": Epoch(**values["begun"])})
 
