@@ -177,7 +177,8 @@ def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
 def forkserver() -> ForkServerContext:
     """Processes of their own that begin with torch loaded, yet without any thread of this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["safr_fast.training.loop"])  # an installed module: it knows no folder of tests
+    # Installed modules: it knows no folder of tests. The second is what an optimiser imports, for seconds.
+    context.set_forkserver_preload(["safr_fast.training.loop", "torch._dynamo"])
     return context
 
 
