@@ -29,6 +29,11 @@ def kinds(value: object) -> str:
     return f"{kind} of ({', '.join(map(kinds, value[:3]))}{more})"
 
 
+def _item(name: str, value: object) -> str:
+    """The remedy where a scalar of a library came for a number."""
+    return f": pass {name}.item()" if hasattr(value, "item") else ""
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         several = isinstance(tensor, list | tuple) and all(isinstance(x, Tensor) for x in tensor)
@@ -104,7 +109,7 @@ def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
     if max_seqlen is None:
         return
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
-        remedy = ": pass max_seqlen.item()" if isinstance(max_seqlen, Tensor) else ""
+        remedy = _item("max_seqlen", max_seqlen)
         raise TypeError(f"max_seqlen must be None or a whole number of tokens, got {describe(max_seqlen)}{remedy}")
     if cu_seqlens is None:
         raise ValueError("max_seqlen goes with cu_seqlens: the length of padded input is that of its shape")
@@ -123,7 +128,9 @@ def check_hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> N
 def check_attention(attention: Tensor, mask: Tensor | None) -> None:
     check_floating("attention", attention)
     if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
-        raise ValueError(f"attention must have shape (B, H, T, T), got {tuple(attention.shape)}")
+        averaged = attention.dim() == 3 and attention.shape[-1] == attention.shape[-2]
+        remedy = ": of nn.MultiheadAttention ask for each head's, average_attn_weights=False" if averaged else ""
+        raise ValueError(f"attention must have shape (B, H, T, T), got {tuple(attention.shape)}{remedy}")
     check_mask(mask, attention.shape[:1] + attention.shape[-1:], attention)
 
 
@@ -151,7 +158,7 @@ def check_reduction(reduction: str) -> None:
 def check_number(name: str, value: float, least: float | None = None) -> None:
     bound = "" if least is None else f", at least {least}"
     if not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a finite number{bound}, got {describe(value)}")
+        raise TypeError(f"{name} must be a finite number{bound}, got {describe(value)}{_item(name, value)}")
     # Compared rather than asked of math, which a compiler cannot trace; NaN compares with nothing.
     if not (-math.inf < value < math.inf) or (least is not None and value < least):
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")

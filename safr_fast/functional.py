@@ -18,9 +18,9 @@ padding is, which may hold anything, NaN included.
 =============  ======================================  ===========================================================
 
 float32 products are as accurate as :func:`torch.set_float32_matmul_precision` asks. Under autocast ``h``, ``q`` and
-``k`` are cast as for a matrix product; stored attention weights are not, since the losses turn on how far a weight is
-from 1, which 16 bits cannot say. Losses are float32 (float64 for float64 input). Where all tokens of a sample have
-norms below 1e-8, squared products leave float32's normal range and count as 0 on the CPU.
+``k`` are cast as for a matrix product, but for :func:`interference`; stored attention weights are not, since the losses
+turn on how far a weight is from 1, which 16 bits cannot say. Losses are float32 (float64 for float64 input). Where all
+tokens of a sample have norms below 1e-8, squared products leave float32's normal range and count as 0 on the CPU.
 
 Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """
@@ -238,7 +238,7 @@ def importance_loss(
     arguments.check_hidden(h, mask, cu_seqlens)
     arguments.check_group(group, cu_seqlens)
     h = _autocast(h)
-    fused = dispatch.choose(impl, h) == "triton"
+    fused = dispatch.choose(impl, h, mask, cu_seqlens) == "triton"
     if fused and group is None and reduction != "none":
         return importance_op.importance(h, mask, cu_seqlens, eps, reduction == "mean", "triton")
     energy, squared_norm = _row_energy(h, mask, cu_seqlens, group, impl)

@@ -141,7 +141,7 @@ class SAFRLoss(nn.Module):
         Args:
             logits: what ``criterion`` takes first.
             target: what it takes second.
-            hidden: ``(..., T, E)`` representations for the importance term, weighted by VMASK's gate; or packed
+            hidden: ``(B, T, E)`` representations for the importance term, weighted by VMASK's gate; or packed
                 ``(N, E)``; or several.
             attention: ``(B, H, T, T)`` weights for the interaction term, before dropout; or several. Excludes ``qk``.
             qk: ``(q, k)``, each ``(B, H, T, D)`` or packed ``(N, H, D)``, for the same without stored weights; or a
@@ -235,7 +235,9 @@ def _layers(name: str, layers: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     if isinstance(layers, Tensor):
         return [layers]
     if not isinstance(layers, list | tuple) or not all(isinstance(layer, Tensor) for layer in layers):
-        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {arguments.kinds(layers)}")
+        nothing = isinstance(layers, list | tuple) and any(layer is None for layer in layers)
+        remedy = ": a model that gives no weights gives queries and keys to record_qk" if nothing else ""
+        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {arguments.kinds(layers)}{remedy}")
     return layers
 
 
@@ -253,12 +255,13 @@ def _pairs(qk: Pair | list[Pair]) -> list[Pair]:
 
 def _check_same_tokens(hidden: Any, attention: Any, qk: Any, *, packed: bool) -> None:
     """Without a mask nothing else tells ``(T, B, E)`` from ``(B, T, E)``."""
-    grids = {tuple(h.shape[:-1]): f"hidden {tuple(h.shape)}" for h in _layers("hidden", hidden)}
+    grids = [(tuple(h.shape[:-1]), "hidden", h) for h in _layers("hidden", hidden)]
     if attention is not None:
-        grids |= {(a.shape[0], a.shape[-1]): f"attention {tuple(a.shape)}" for a in _layers("attention", attention)}
+        grids += [((a.shape[0], a.shape[-1]), "attention", a) for a in _layers("attention", attention)]
     else:
-        for q, _ in _pairs(qk):
-            grids[(q.shape[0],) if packed else (q.shape[0], q.shape[2])] = f"q {tuple(q.shape)}"
-    if len(grids) > 1:
+        grids += [(q.shape[:1] if packed else (q.shape[0], q.shape[2]), "q", q) for q, _ in _pairs(qk)]
+    # Compared one by one: a set of them would tie compiled code to their numbers.
+    if any(tuple(grid) != grids[0][0] for grid, _, _ in grids):
         form = "(N, E) and (N, H, D)" if packed else "(B, T, E), (B, H, T, T) and (B, H, T, D)"
-        raise ValueError(f"hidden, attention and q must be of the same tokens, {form}, got {', '.join(grids.values())}")
+        got = ", ".join(dict.fromkeys(f"{name} {tuple(x.shape)}" for _, name, x in grids))
+        raise ValueError(f"hidden, attention and q must be of the same tokens, {form}, got {got}")

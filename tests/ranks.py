@@ -122,7 +122,11 @@ def refusals(h: Tensor) -> list[str]:
         gradient.sum().backward()
 
     messages = []
-    for attempt in (lambda: sf.row_energy(h[0], cu_seqlens=packed, group=group), twice):
+
+    def transformed() -> None:
+        torch.func.grad(lambda x: sf.importance_loss(x, group=group, impl="reference"))(h.detach())
+
+    for attempt in (lambda: sf.row_energy(h[0], cu_seqlens=packed, group=group), twice, transformed):
         try:
             attempt()
         except (RuntimeError, ValueError) as error:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from support import (
+    backend_names,
     device_of,
     every_backend,
     forced,
@@ -17,6 +19,7 @@ from support import (
     value_and_gradients,
 )
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 import safr_fast as sf
 
@@ -89,6 +92,10 @@ CALLS = {
     ),
 }
 each_call = pytest.mark.parametrize("name", CALLS)
+# Where the compiler sees only which back end it is: one level of the C++ one stands for all.
+one_backend_of_each = pytest.mark.parametrize(
+    "backend", {name.partition(":")[0]: name for name in backend_names() if name != "reference"}.values()
+)
 
 
 def run(name: str, impl: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -118,9 +125,16 @@ def test_second_derivative_raises_and_says_what_to_use(name: str, backend: str) 
             gradient.square().sum().backward()
 
 
-@every_backend(fused=True)
-@each_call
-def test_derivatives_that_only_the_reference_has_are_its_own_or_refused(name: str, backend: str) -> None:
+def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def check_forward_mode(name: str, backend: str, way: Callable[..., Any]) -> None:
     inputs = CALLS[name].on(device_of(backend))
     tangents = tuple(normal(*x.shape, seed=9).to(x.device) for x in inputs)
 
@@ -132,10 +146,12 @@ def test_derivatives_that_only_the_reference_has_are_its_own_or_refused(name: st
         return function
 
     with forced(backend) as impl:
-        with pytest.raises(sf.BackendUnavailable, match=r'forward-mode derivatives .* need impl="reference"'):
-            torch.func.jvp(total(impl), inputs, tangents)
+        with pytest.raises(
+            (sf.BackendUnavailable, TorchDynamoException), match=r'forward-mode .* need impl="reference"'
+        ):
+            way(lambda *x: torch.func.jvp(total(impl), x, tangents))(*inputs)
         with pytest.warns(UserWarning, match='safr_fast uses impl="reference"'):
-            _, derivative = torch.func.jvp(total("auto"), inputs, tangents)
+            _, derivative = way(lambda *x: torch.func.jvp(total("auto"), x, tangents))(*inputs)
     leaves = [x.requires_grad_() for x in inputs]
     gradients = torch.autograd.grad(total("reference")(*leaves), leaves)
     expected = sum((gradient * tangent).sum().item() for gradient, tangent in zip(gradients, tangents, strict=True))
@@ -143,24 +159,64 @@ def test_derivatives_that_only_the_reference_has_are_its_own_or_refused(name: st
 
 
 @every_backend(fused=True)
-def test_gradients_through_vmap_are_the_references_or_refused(backend: str) -> None:
+@each_call
+def test_derivatives_that_only_the_reference_has_are_its_own_or_refused(name: str, backend: str) -> None:
+    check_forward_mode(name, backend, eagerly)
+
+
+@one_backend_of_each
+@pytest.mark.parametrize("name", ["importance_loss", "interaction_loss", "interaction_loss_from_qk"])
+def test_forward_mode_compiled_is_the_references_or_refused(name: str, backend: str) -> None:
+    check_forward_mode(name, backend, compiled)
+
+
+def check_vmap(backend: str, way: Callable[..., Any]) -> None:
     h = normal(3, TOKENS, 16, device=device_of(backend)).requires_grad_()
     with forced(backend) as impl:
-        with pytest.raises(sf.BackendUnavailable, match=r'torch.func transforms of a gradient need impl="reference"'):
-            torch.vmap(lambda x: sf.importance_loss(x, impl=impl))(h)
+        served = way(torch.vmap(lambda x: sf.importance_loss(x, impl=impl)))
+        with pytest.raises((sf.BackendUnavailable, TorchDynamoException), match=r'of a gradient need impl="reference"'):
+            served(h)
         with pytest.warns(UserWarning, match='safr_fast uses impl="reference"'):
-            losses = torch.vmap(sf.importance_loss)(h)
+            losses = way(torch.vmap(sf.importance_loss))(h)
         with pytest.warns(UserWarning, match='safr_fast uses impl="reference"'):
-            each = torch.vmap(torch.func.grad(sf.importance_loss))(h.detach())
+            each = way(torch.vmap(torch.func.grad(sf.importance_loss)))(h.detach())
         (gradient,) = torch.autograd.grad(losses.sum(), h)
         with torch.no_grad():  # what takes no gradient is served
-            plain = torch.vmap(lambda x: sf.importance_loss(x, impl=impl))(h)
+            plain = served(h)
     expected_losses = torch.stack([sf.importance_loss(x, impl="reference") for x in h])
     (expected,) = torch.autograd.grad(expected_losses.sum(), h)
     for result in (gradient, each):
         assert relative_error(result, expected) < 1e-5
     for result in (losses, plain):
         assert relative_error(result, expected_losses) < 1e-5
+
+
+@every_backend(fused=True)
+def test_gradients_through_vmap_are_the_references_or_refused(backend: str) -> None:
+    check_vmap(backend, eagerly)
+
+
+@one_backend_of_each
+def test_gradients_through_vmap_compiled_are_the_references_or_refused(backend: str) -> None:
+    check_vmap(backend, compiled)
+
+
+@every_backend(fused=True)
+def test_a_vmap_over_masks_or_queries_alone_is_the_references(backend: str) -> None:
+    device = device_of(backend)
+    h = normal(TOKENS, 16, device=device).requires_grad_()
+    masks = torch.stack([lengths_mask([n], TOKENS)[0] for n in (3, TOKENS)]).to(device)
+    qs, k = normal(2, 1, 2, TOKENS, 8, seed=1, device=device), normal(1, 2, TOKENS, 8, device=device).requires_grad_()
+    calls: dict[str, tuple[Callable[..., Tensor], Tensor, Tensor]] = {
+        "masks": (lambda mask, impl: sf.importance_loss(h, mask, impl=impl), masks, h),
+        "queries": (lambda q, impl: sf.interaction_loss_from_qk(q, k, impl=impl), qs, k),
+    }
+    for function, over, leaf in calls.values():
+        with forced(backend), pytest.warns(UserWarning, match='safr_fast uses impl="reference"'):
+            together = torch.vmap(lambda x, call=function: call(x, "auto"))(over)
+        apart = torch.stack([function(x, "reference") for x in over])
+        results = [torch.autograd.grad(losses.sum(), leaf)[0] for losses in (together, apart)]
+        assert relative_error(*results) < 1e-5
 
 
 @every_backend()

@@ -153,8 +153,9 @@ def test_spread_tokens_in_16_bits_are_as_accurate_as_16_bits_are() -> None:
 
 
 def test_what_cannot_be_spread_over_ranks_says_so() -> None:
-    for packed, twice in on_ranks(2, ranks.refusals, normal(2, 5, 4)):
+    for packed, twice, transformed in on_ranks(2, ranks.refusals, normal(2, 5, 4)):
         assert packed.startswith("group and cu_seqlens exclude each other")
         assert "differentiates once" in twice
+        assert "takes no forward-mode derivatives and no torch.func transforms" in transformed
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup or None, got str 'world'"):
         sf.importance_loss(normal(2, 5, 4), group="world")  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def test_the_readme_trains_a_model_of_hugging_face(monkeypatch: pytest.MonkeyPat
     closed = (names["hidden"] == 0).all(-1)  # in training a gate is 0 or 1
     assert closed.any()
     assert not closed.all()
-    for parameter in ("vmask.to_logits.weight", "bert.embeddings.word_embeddings.weight",
+    for parameter in ("bert.embeddings.vmask.to_logits.weight", "bert.embeddings.word_embeddings.weight",
                       "bert.encoder.layer.1.attention.self.query.weight"):  # fmt: skip
         assert model.get_parameter(parameter).grad.any()
 

@@ -174,6 +174,50 @@ def test_packed_samples_have_the_loss_of_padded_ones(backend: str, variant: str)
     torch.testing.assert_close(torch.stack(ours), torch.stack(padded))
 
 
+@pytest.mark.parametrize("form", ["padded", "packed", "stored"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_compiled_the_loss_is_not_specialised_on_samples_or_tokens(variant: str, form: str) -> None:
+    loss_fn = sf.SAFRLoss(1.0, 0.1, variant=variant)
+
+    def loss(logits: Tensor, target: Tensor, hidden: Tensor, q: Tensor, k: Tensor, *lengths: Tensor) -> Tensor:
+        if form == "packed":
+            return loss_fn(logits, target, hidden=hidden, qk=(q, k), cu_seqlens=lengths[0])
+        attended = {"qk": (q, k)} if form == "padded" else {"attention": (q @ k.mT).softmax(-1)}
+        return loss_fn(logits, target, hidden=hidden, mask=lengths[0], **attended)
+
+    def batch(samples: int, tokens: int) -> tuple[Tensor, ...]:
+        lengths = [tokens - i for i in range(samples)]
+        rows = (sum(lengths),) if form == "packed" else (samples, tokens)
+        heads = (rows[0], 2, 8) if form == "packed" else (samples, 2, tokens, 8)
+        given = offsets(lengths) if form == "packed" else lengths_mask(lengths, tokens)
+        target = torch.arange(samples) % 2
+        return normal(samples, 2), target, normal(*rows, 16), normal(*heads, seed=1), normal(*heads, seed=2), given
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for samples, tokens, again in ((3, 9, False), (4, 7, True), (6, 12, True)):
+        arguments = batch(samples, tokens)
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            assert compiled(*arguments).item() == pytest.approx(loss(*arguments).item(), rel=1e-5)
+
+
+def test_the_loss_exports_for_any_batch_and_length() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, logits: Tensor, target: Tensor, h: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+            return sf.SAFRLoss(1.0, 0.1)(logits, target, hidden=h, qk=(q, q), mask=mask)
+
+    def inputs(samples: int, tokens: int) -> tuple[Tensor, ...]:
+        mask = lengths_mask([tokens - i for i in range(samples)], tokens)
+        target = torch.arange(samples) % 2
+        return normal(samples, 2), target, normal(samples, tokens, 16), normal(samples, 2, tokens, 8), mask
+
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2)
+    shapes = ({0: batch}, {0: batch}, {0: batch, 1: length}, {0: batch, 2: length}, {0: batch, 1: length})
+    exported = torch.export.export(Model(), inputs(3, 9), dynamic_shapes=shapes).module()
+    for size in ((3, 9), (5, 14)):
+        assert exported(*inputs(*size)).item() == pytest.approx(Model()(*inputs(*size)).item(), rel=1e-5)
+
+
 def test_another_criterion() -> None:
     logits, _, h, *_ = batch()
     target = normal(3, 2, seed=8)

@@ -1,7 +1,9 @@
 """The word mask, attention that stores no weights, and the classifier on ragged batches."""
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +135,47 @@ def test_importance_is_taken_on_gate_times_scaled_embedding_before_positions() -
     assert output.gate is not None
     expected = output.gate[..., None] * math.sqrt(16) * model.embedding(ids)
     torch.testing.assert_close(output.hidden, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_of_16_bits_gates_in_its_own_dtype(dtype: torch.dtype, training: bool) -> None:
+    model = classifier().to(dtype).train(training)
+    output = model(torch.arange(12).view(2, 6))
+    assert output.logits.dtype == output.hidden.dtype == output.gate.dtype == dtype
+    if training:
+        assert set(output.gate.unique().tolist()) <= {0.0, 1.0}
+    assert model.gate.probability(output.hidden).dtype == dtype
+    output.logits.float().sum().backward()
+    assert model.gate.to_logits.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask": torch.ones(2, 1, dtype=torch.bool)}, "mask must have shape (2, 6), got (2, 1)"),
+        ({"mask": torch.ones(2, 6, dtype=torch.int64)}, "mask must be bool (true where a token is real), got int64"),
+        ({"ids": torch.arange(6)}, "ids must have shape (B, T), or (N,) with cu_seqlens, got (6,)"),
+        ({"max_seqlen": 6}, "max_seqlen goes with cu_seqlens"),
+        (
+            {"ids": torch.arange(6), "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "max_seqlen": 3},
+            "max_seqlen must be at least 4, the tokens of the longest sequence, got 3",
+        ),
+    ],
+)
+def test_what_would_classify_wrongly_is_named(arguments: dict[str, Any], message: str) -> None:
+    model = classifier()
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        model(**({"ids": torch.arange(12).view(2, 6)} | arguments))
+
+
+def test_packed_attention_finds_its_longest_and_takes_no_keys() -> None:
+    attention = SelfAttention(16, 2)
+    x, cu_seqlens = normal(7, 16), torch.tensor([0, 5, 7], dtype=torch.int32)
+    found, given = attention(x, cu_seqlens=cu_seqlens), attention(x, cu_seqlens=cu_seqlens, max_seqlen=5)
+    assert torch.equal(found[0], given[0])
+    with pytest.raises(ValueError, match="keys and cu_seqlens exclude each other"):
+        attention(x, torch.ones(7, dtype=torch.bool), cu_seqlens=cu_seqlens)
 
 
 def test_positions_are_sine_and_cosine_of_rising_wavelength() -> None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import distributed as dist
 
 Value = TypeVar("Value")
@@ -41,7 +40,7 @@ class Processes:
                 outcome = [(make(), None)]
             except Exception as error:
                 outcome = [(None, error)]
-        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        dist.broadcast_object_list(outcome)
         value, failure = outcome[0]
         if failure is not None:
             raise failure
@@ -60,7 +59,7 @@ def processes() -> Iterator[Processes]:
     """The processes that ``torchrun`` started, joined in PyTorch's default group while inside; else this one alone.
 
     A group that the caller has made is used and left as it is. Tensors on CPUs are exchanged by gloo, those on GPUs by
-    NCCL.
+    NCCL; through a caller's group of NCCL alone everything goes by the current GPU, which each process sets before.
     """
     if not dist.is_available():
         yield ALONE

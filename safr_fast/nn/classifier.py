@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from safr_fast import arguments, reference
 from safr_fast.nn.attention import SelfAttention
+from safr_fast.nn.packed_attention import longest
 from safr_fast.nn.vmask import VMASK
 
 
@@ -80,13 +81,19 @@ class TransformerClassifier(nn.Module):
             embedded: ``(B, T, E)`` or ``(N, E)``, taken for the embeddings of ``ids``, to attribute scores to them.
 
         Raises:
-            TypeError, ValueError: ``cu_seqlens`` of the wrong dtype, shape or device, or beside a ``mask``; on the CPU
-                also, not from 0 to N.
+            TypeError, ValueError: ``ids``, ``mask`` or ``cu_seqlens`` of the wrong dtype, shape or device; ``mask``
+                beside ``cu_seqlens``; ``max_seqlen`` without; on the CPU also, offsets not from 0 to N, or a sequence
+                longer than ``max_seqlen``.
         """
         arguments.check_cu_seqlens(cu_seqlens, mask, ids, "(N)")
-        arguments.check_offsets(cu_seqlens, len(ids), to_the_end=True)
+        if cu_seqlens is None:
+            if ids.dim() != 2:
+                raise ValueError(f"ids must have shape (B, T), or (N,) with cu_seqlens, got {tuple(ids.shape)}")
+            arguments.check_mask(mask, ids.shape, ids)
+        arguments.check_max_seqlen(max_seqlen, cu_seqlens)
+        arguments.check_offsets(cu_seqlens, len(ids), to_the_end=True, max_seqlen=max_seqlen)
         if cu_seqlens is not None and max_seqlen is None:
-            max_seqlen = max(cu_seqlens.diff().tolist(), default=0)
+            max_seqlen = longest(cu_seqlens)
         x, gate = self._embed(ids, embedded)
         hidden = x if gate is None else gate.unsqueeze(-1) * x  # (B, T, E) or (N, E)
 

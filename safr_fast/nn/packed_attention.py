@@ -15,6 +15,11 @@ Form = TypeVar("Form", bound=Callable[..., Tensor])
 _has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None  # from torch 2.10 on
 
 
+def longest(cu_seqlens: Tensor) -> int:
+    """Tokens of the longest sequence, for which a GPU has to be waited for."""
+    return max(cu_seqlens.diff().tolist(), default=0)
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Softmax attention ``(N, H, D)`` of ``q``, ``k`` and ``v``, each ``(N, H, D)``.
 

@@ -16,7 +16,8 @@ class VMASK(nn.Module):
     backward); in evaluation the gate is the probability :math:`p_1` itself.
 
     What it gates goes into the model and, as ``hidden``, into the importance loss. That loss is in units of ``hidden``:
-    where a norm layer follows, the model can shrink it without closing a gate. So put the gate behind the norm.
+    where a norm layer follows, the model can shrink it without closing a gate. So put the gate behind the norm. If a
+    text's gates all close, its rows are 0: a norm layer without a bias that comes later divides by its ε alone.
 
     Args:
         dim: size of an embedding.
@@ -44,7 +45,7 @@ class VMASK(nn.Module):
         self.temperature = temperature
 
     def forward(self, x: Tensor, place: Tensor | None = None) -> Tensor:
-        """The gate of each token: ``(..., E)`` to ``(...)``.
+        """The gate of each token, in the dtype of ``x``: ``(..., E)`` to ``(...)``.
 
         Args:
             x: embeddings ``(..., E)``, one of each token; with ``place`` one of each word type, ``(W, E)``.
@@ -55,12 +56,12 @@ class VMASK(nn.Module):
         if place is not None:
             logits = F.embedding(place, logits)
         if self.training:
-            return F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1]
-        return logits.softmax(-1)[..., 1]
+            return F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1].to(x.dtype)
+        return logits.softmax(-1)[..., 1].to(x.dtype)
 
     def probability(self, x: Tensor) -> Tensor:
         """:math:`p_1` of each embedding ``(..., E)``, ``(...)``, in training too."""
-        return self._logits(x).softmax(-1)[..., 1]
+        return self._logits(x).softmax(-1)[..., 1].to(x.dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
         """``(..., 2)``: drop, keep."""

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from safr_fast.errors import BackendUnavailable
@@ -63,34 +64,53 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 
 
-def choose(impl: str, *inputs: Tensor) -> str:
-    """:func:`resolve` for these tensors, which are of one device and dtype, and for how they are differentiated.
+def choose(impl: str, differentiated: Tensor, *others: Tensor | None) -> str:
+    """:func:`resolve` for the device and dtype of ``differentiated``, and for how derivatives of all inputs are taken.
 
     Raises:
         ValueError, BackendUnavailable: as :func:`resolve`; also where ``impl`` was named and only the reference has the
             derivatives that are taken.
     """
-    chosen = resolve(impl, inputs[0].device, inputs[0].dtype)
-    if chosen == "reference" or torch.compiler.is_compiling() or not any(map(_transformed, inputs)):
+    chosen = resolve(impl, differentiated.device, differentiated.dtype)
+    if chosen == "reference" or not transformed(differentiated, *others):
         return chosen
+    return _for_transforms(impl, chosen)
+
+
+def transformed(*inputs: Tensor | None) -> bool:
+    """Whether derivatives by one of ``inputs`` are taken in a way that an autograd Function does not see."""
+    if torch.compiler.is_compiling():
+        return _within_transform()
+    batched = needed = False
+    for x in inputs:
+        if x is None:
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        needed |= x.requires_grad
+        while _functorch.is_functorch_wrapped_tensor(x):
+            if _functorch.is_gradtrackingtensor(x):
+                return True
+            batched = True
+            x = _functorch.get_unwrapped(x)
+            needed |= x.requires_grad
+    return batched and needed and torch.is_grad_enabled()
+
+
+def _within_transform() -> bool:
+    """What a compiler can tell of it: the transforms it is in, not which of them a tensor has part in."""
+    transforms = [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or ()]
+    batched_alone = all(kind == _functorch.TransformType.Vmap for kind in transforms)
+    needed = torch.is_grad_enabled() or not batched_alone
+    return (bool(transforms) and needed) or forward_ad._current_level >= 0
+
+
+def _for_transforms(impl: str, chosen: str) -> str:
     obstacle = 'forward-mode derivatives and torch.func transforms of a gradient need impl="reference"'
     if impl != "auto":
         raise BackendUnavailable(f'impl="{impl}" cannot serve: {obstacle}')
     _warn_of_reference(chosen, obstacle)
     return "reference"
-
-
-def _transformed(x: Tensor) -> bool:
-    """Whether derivatives by ``x`` are taken in a way that an autograd Function does not see."""
-    functorch = torch._C._functorch
-    wrapped = functorch.is_functorch_wrapped_tensor(x)
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_gradtrackingtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    batched = wrapped and torch.is_grad_enabled() and x.requires_grad
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-    return batched or dual
 
 
 def _warn_of_reference(fused: str, obstacle: str) -> None:
@@ -111,8 +131,9 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     return _resolve(impl, device, dtype, os.environ.get("SAFR_FAST_CPU_ISA"))
 
 
-# What torch.compiler.assume_constant_result does, which imports the compiler: as slow to import as torch itself.
-vars(resolve)["_dynamo_marked_constant"] = True
+for _function in (resolve, _within_transform, _for_transforms):
+    # What torch.compiler.assume_constant_result does, which imports the compiler: as slow to import as torch itself.
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

@@ -156,7 +156,7 @@ def interaction(
     workspace_bytes: int | None,
 ) -> Tensor:
     """``(B, H)`` pair sums of a checked ``attention`` ``(B, H, T, T)``."""
-    chosen = dispatch.choose(impl, attention)
+    chosen = dispatch.choose(impl, attention, mask)
     if chosen == "reference":
         return reference.interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
     if torch.is_grad_enabled() and attention.requires_grad:
@@ -179,7 +179,7 @@ def interaction_from_qk(
     max_seqlen: int | None,
 ) -> Tensor:
     """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
-    chosen = dispatch.choose(impl, q, k)
+    chosen = dispatch.choose(impl, q, k, mask, cu_seqlens)
     if chosen == "reference":
         arguments.check_offsets(cu_seqlens, q.shape[0], max_seqlen=max_seqlen)
         return reference.interaction_total_from_qk(

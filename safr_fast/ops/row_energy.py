@@ -110,7 +110,7 @@ def in_samples(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tup
 
 def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: dispatch.Impl) -> tuple[Tensor, Tensor]:
     """``(R, n2)`` of checked arguments: ``h`` ``(..., T, E)`` or packed ``(N, E)``; each ``(..., T)``."""
-    chosen = dispatch.choose(impl, h)
+    chosen = dispatch.choose(impl, h, mask, cu_seqlens)
     if chosen == "reference":
         arguments.check_offsets(cu_seqlens, h.shape[-2])
         return reference.row_energy(h, mask, cu_seqlens)

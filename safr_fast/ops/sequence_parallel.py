@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from safr_fast.ops.dispatch import transformed
 from safr_fast.reference import real
 
 
@@ -70,6 +71,11 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def energy_of_others(h: Tensor, mask: Tensor | None, group: "dist.ProcessGroup") -> Tensor:
+    if transformed(h, mask):
+        raise RuntimeError(
+            "row_energy over a group takes no forward-mode derivatives and no torch.func transforms of a gradient: "
+            "leave group out"
+        )
     return EnergyOfOthers.apply(h, mask, group)
 
 
