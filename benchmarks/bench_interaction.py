@@ -3,7 +3,7 @@
 import formulas
 import pytest
 import torch
-from comparison import compare
+from comparison import Provider, compare
 from providers import all_providers
 from torch import Tensor
 
@@ -39,13 +39,17 @@ def bench_from_attention(benchmark, length: int, heads: int) -> None:
     compare(benchmark, all_providers(sf.interaction_loss, formulas.interaction, inputs), floor)
 
 
+def from_qk(inputs: list[Tensor]) -> list[Provider]:
+    return all_providers(sf.interaction_loss_from_qk, formulas.interaction_from_qk, inputs, dynamic=False)
+
+
 @pytest.mark.parametrize(("threads", "length", "heads"), CASES, indirect=["threads"])
 def bench_from_qk(benchmark, length: int, heads: int) -> None:
     benchmark.group = f"interaction from q and k of width {WIDTH}, one sample"
     benchmark.extra_info |= {"case": f"T={length}, {heads} heads", "length": length, "heads": heads}
     inputs = query_key(1, heads, length, SHARPNESS["trained"])
     floor = formulas.interaction_floor(length, heads, WIDTH)
-    compare(benchmark, all_providers(sf.interaction_loss_from_qk, formulas.interaction_from_qk, inputs), floor)
+    compare(benchmark, from_qk(inputs), floor)
 
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)
@@ -56,7 +60,7 @@ def bench_batch_of_32(benchmark, length: int, sharpness: str) -> None:
     benchmark.extra_info |= {"case": f"T={length}, {sharpness}"}
     inputs = [x[..., :32] for x in query_key(32, HEADS, length, SHARPNESS[sharpness])]
     floor = 32 * formulas.interaction_floor(length, HEADS, 32)
-    compare(benchmark, all_providers(sf.interaction_loss_from_qk, formulas.interaction_from_qk, inputs), floor)
+    compare(benchmark, from_qk(inputs), floor)
 
 
 def bench_flat_attention(benchmark) -> None:
@@ -65,4 +69,4 @@ def bench_flat_attention(benchmark) -> None:
     benchmark.extra_info |= {"case": "T=1024, 2 heads"}
     inputs = query_key(1, 2, 1024, 0.1)
     floor = formulas.interaction_floor(1024, 2, WIDTH)
-    compare(benchmark, all_providers(sf.interaction_loss_from_qk, formulas.interaction_from_qk, inputs), floor)
+    compare(benchmark, from_qk(inputs), floor)

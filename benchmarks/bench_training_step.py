@@ -1,5 +1,7 @@
 """What share of a training step do both regularisers take? The paper's model, 8 samples of T tokens, Adam included."""
 
+import contextlib
+
 import pytest
 import torch
 from comparison import Provider, compare, tile_gflops
@@ -53,7 +55,7 @@ class Training:
         return self.model(self.ids)
 
     def provider(self, name: str, loss, exact, precision: str, dtype: torch.dtype = torch.float32) -> Provider:
-        """16-bit dtypes by autocast."""
+        """16-bit dtypes by autocast. Held against float64: the loss, and the gradients of both terms by themselves."""
         autocast = torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
         def step() -> list[Tensor]:
@@ -64,13 +66,18 @@ class Training:
             self.optimizer.step()
             return [value.detach()]
 
-        with torch.no_grad():
-            with autocast:
-                logits, hidden, qk, gate = self.forward()
-            output = ClassifierOutput(
-                logits.double(), hidden.double(), tuple((q.double(), k.double()) for q, k in qk), gate
-            )
-            return Provider(name, step, [exact(output, self.labels)], precision)
+        with torch.no_grad(), autocast:
+            logits, hidden, ((q, k),), gate = self.forward()
+
+        def results(loss, dtype: torch.dtype | None) -> list[Tensor]:
+            h, *pair = (x.to(dtype or x.dtype).requires_grad_() for x in (hidden, q, k))
+            output = ClassifierOutput(logits.to(dtype or logits.dtype), h, [tuple(pair)], gate)
+            with autocast if dtype is None else contextlib.nullcontext():
+                value = loss(output, self.labels)
+            terms = torch.autograd.grad(value, (h, *pair), materialize_grads=True) if value.requires_grad else ()
+            return [value.detach(), *terms]
+
+        return Provider(name, step, results(exact, torch.float64), precision, lambda: results(loss, None))
 
 
 @pytest.mark.parametrize("length", [512, 1024])

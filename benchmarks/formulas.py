@@ -66,15 +66,17 @@ def masked_interaction_from_qk(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 
 @cache
-def compiled(loss: Loss) -> Loss:
-    return torch.compile(loss, dynamic=True)
+def compiled(loss: Loss, dynamic: bool = True) -> Loss:
+    """``dynamic``: one code for all shapes, which is as fast or faster but where a softmax is in it."""
+    torch._dynamo.config.recompile_limit = 64  # of fixed shapes, beyond which it would go on without being compiled
+    return torch.compile(loss, dynamic=dynamic, fullgraph=True)
 
 
 def row_energy_floor(T: int, E: int, backward: bool = True) -> float:
     """Of one sequence. By tokens: half of the Gram matrix; then again, and (α_i + α_j) G times h. By the moment: half
-    of S and of h S h; then half of S_α, S_α h and S h."""
+    of S and of h S h; or, with the gradient, half of S and S h, kept, then half of S_α and S_α h."""
     by_tokens = T * T * E * (4 if backward else 1)
-    by_moment = T * E * E * (7 if backward else 2)
+    by_moment = T * E * E * (6 if backward else 2)
     return float(min(by_tokens, by_moment))
 
 

@@ -152,6 +152,12 @@ def _verdict(tests: dict[str, Any]) -> str:
     return counts + (", cut off by the time" if tests["rc"] is None else f", exit status {tests['rc']}")
 
 
+def write(folder: Path, session: dict[str, Any]) -> None:
+    name = "-".join([*re.findall(r"[a-z0-9]+", session["device"].lower()), session["date"]])
+    (folder / f"{name}.json").write_text(json.dumps(session, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table(session))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter, on the CPU")
@@ -182,11 +188,11 @@ def main() -> None:
         "cases": benchmarks(
             DRY_CASES if dry else CASES, DRY_PROVIDERS if dry else PROVIDERS, timer, peaks, device, benchmarks_end
         ),
-        "sweep": sweep(DRY_SWEPT if dry else SWEPT, device, options.output / "tuning", start + seconds),
+        "sweep": [],
     }
-    name = "-".join([*re.findall(r"[a-z0-9]+", session["device"].lower()), session["date"]])
-    (options.output / f"{name}.json").write_text(json.dumps(session, indent=1) + "\n")
-    (options.output / f"{name}.md").write_text(table(session))
+    write(options.output, session)  # what comes next may end in the device's own failure
+    session["sweep"] = sweep(DRY_SWEPT if dry else SWEPT, device, options.output / "tuning", start + seconds)
+    write(options.output, session)
     print(table(session))
     failed = any(part.get("rc") not in (0, None) for part in (tests, sanitizer))
     if failed or any(row["provider"].startswith("ours") and row.get("why") == "wrong" for row in session["cases"]):

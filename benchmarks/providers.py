@@ -17,24 +17,32 @@ def precisions() -> tuple[str, ...]:
     return {"amx": ("highest", "high", "medium"), "avx512_bf16": ("highest", "medium")}.get(level, ("highest",))
 
 
-def all_providers(ours: Loss, plain: Loss, inputs: Sequence[Tensor], algebra: Loss | None = None) -> list[Provider]:
+def all_providers(
+    ours: Loss, plain: Loss, inputs: Sequence[Tensor], algebra: Loss | None = None, *, dynamic: bool = True
+) -> list[Provider]:
     """Forward and backward; the first is ours at ``highest``. What is rounded to bfloat16 is so before the oracle.
 
-    On more than one thread only the plain formula is a rival, to keep the run short.
+    On more than one thread only the plain formula is a rival, to keep the run short. ``dynamic``: how it is compiled.
     """
     exact = exact_gradients(plain, inputs)
     rounded = [x.bfloat16() for x in inputs]
+    exact_of_rounded = exact_gradients(plain, rounded)
 
     def provider(name: str, loss: Loss, precision: str = "highest") -> Provider:
         return Provider(name, lambda: gradients(loss, inputs), exact, precision)
 
+    def of_bfloat16(name: str, loss: Loss) -> Provider:
+        return Provider(name, lambda: gradients(loss, rounded), exact_of_rounded)
+
     providers = [
         *(provider(f"ours {precision}", ours, precision) for precision in precisions()),
-        Provider("ours bfloat16", lambda: gradients(ours, rounded), exact_gradients(plain, rounded)),
+        of_bfloat16("ours bfloat16", ours),
         provider("eager", plain),
     ]
     if torch.get_num_threads() == 1:
-        providers.append(provider("compiled", compiled(plain)))
+        providers += [provider(f"eager {precision}", plain, precision) for precision in precisions()[1:]]
+        providers.append(of_bfloat16("eager bfloat16", plain))
+        providers.append(provider("compiled", compiled(plain, dynamic)))
         if algebra is not None:
             providers.append(provider("algebra compiled", compiled(algebra)))
     return providers

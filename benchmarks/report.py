@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from comparison import ROUNDS
 from targets import FROM_QK, OVER_PLAIN, ROW_ENERGY, Target, targets
 
 HERE = Path(__file__).parent
@@ -35,6 +36,7 @@ def condensed(raw: Run) -> Run:
         "level": level[1] if level else "none",
         "versions": {"torch": machine["torch"], "python": machine["python_version"], "platform": machine["platform"]},
         "date": raw["datetime"][:10],
+        "commit": (raw.get("commit_info") or {}).get("id", "")[:7],
         "cases": [
             {"group": bench["group"], "rounds": bench["stats"]["rounds"], **bench["extra_info"]}
             for bench in raw["benchmarks"]
@@ -64,7 +66,10 @@ def page(runs: Sequence[tuple[str, Run]]) -> str:
         "rounds' ratios. Before anything is timed, results are held against float64: the error is the largest",
         "relative one, and a provider beyond 5 % is not timed. `of matmul`: operations of the cheapest known exact",
         "algorithm a second, over what `torch.mm` reaches in the same process. Memory is resident memory at the",
-        "peak, beyond what was there before. [What limits them](benchmarks/LIMITS.md) has profiles.",
+        "peak, beyond what was there before; ours keeps at most 8 MiB a thread from one call to the next, which were",
+        f"there. Cases that take long are medians of {ROUNDS[0]} rounds, others of up to {ROUNDS[1]}. The allocator is",
+        "the system's as it comes. [What limits them](benchmarks/LIMITS.md) has profiles, and what the allocator",
+        "costs.",
         "",
     ]
     for name, run in runs:
@@ -76,7 +81,8 @@ def _section(name: str, run: Run) -> Iterable[str]:
     versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
     yield f"## {run['machine']}, processors used: {run['cpus']}, level {run['level']}, {run['date']}"
     yield ""
-    yield f"{versions}. {_rates(run)}"
+    commit = f", commit {run['commit']}" if run.get("commit") else ""
+    yield f"{versions}{commit}. {_rates(run)}"
     yield ""
     groups: dict[str, list[Bench]] = {}
     for case in run["cases"]:
@@ -193,7 +199,7 @@ def plot(name: str, run: Run, title: str, group: str, threads: int = 1) -> None:
     ):
         for provider in dict.fromkeys(p for case in cases for p in case["providers"]):
             points = [
-                (case["length"], case["providers"][provider][key] / case.get("heads", 1))
+                (case["length"], case["providers"][provider][key] / (case.get("heads", 1) if key == "ms" else 1))
                 for case in cases
                 if case["providers"].get(provider, {}).get(key)
             ]

@@ -198,9 +198,9 @@ def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None, devi
     from safr_fast.evaluation.table import table
     from safr_fast.training.run import RunFolder
 
-    stored = RunFolder(run).load_result(FILE)
+    stored = RunFolder(run).load_evaluation(FILE)
     if stored is not None and stored["config"] != config.to_json():
-        print(f"replacing {run / FILE}, which was made with {config.differs(stored['config'])}")
+        print(f"will replace {run / FILE}, which was made with {config.differs(stored['config'])}")
     print(table(evaluate_run(run, config, data_dir=data_dir, device=device)))
     print(f"\nwritten: {run / FILE}")
 

@@ -281,6 +281,11 @@ def unknown_labels(folder: Path) -> None:
     write_parquet(folder / "train.parquet", text=["a", "b"], label=[-1, 1])
 
 
+def one_of_each(folder: Path) -> None:
+    for name in ("train", "test"):
+        write_parquet(folder / f"{name}.parquet", text=["a", "b"], label=[0, 1])
+
+
 def no_parquet(folder: Path) -> None:
     pytest.importorskip("pyarrow")
     (folder / "train.parquet").write_text("text,label")
@@ -294,7 +299,8 @@ def no_parquet(folder: Path) -> None:
         (unknown_labels, "train.parquet' must be 0 .* or 1 .*, row 0 has -1: mend"),
         (no_label, "train.parquet' must be 0 .* or 1 .*, row 1 has None: mend"),
         (no_text, "train.parquet' must be a string, row 1 has None: mend"),
-        (no_rows, "train in .* has no rows: give"),
+        (no_rows, "train in .* has no rows: give a folder"),
+        (one_of_each, "train must hold at least two texts of a class"),
         (no_parquet, "train.parquet' cannot be read as parquet: .* get it anew"),
         (two_data_sets, "holds several data sets, in imdb, sst2: give one"),
         (splits_in_two_folders, "holds several data sets, in test, train: give one"),

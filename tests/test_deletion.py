@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -104,7 +104,7 @@ def test_measures_agree_with_a_slow_implementation(data: st.DataObject, k: int) 
         ({"ks": [0.1, 0.5]}, "k is in per cent, got [0.1, 0.5]: pass [10.0, 50.0]"),
         ({"scores": {"r": []}}, "scores['r'] must hold a row for each of 1 texts, got 0"),
         ({"scores": {"r": [torch.zeros(3)]}}, "scores['r'][0] must score at most the text's 2 words, got (3,)"),
-        ({"scores": {"r": [torch.full((2,), math.nan)]}}, "scores['r'] must be numbers, got NaN"),
+        ({"scores": {"r": [torch.full((2,), math.nan)]}}, "scores['r'][0] must be numbers, got NaN"),
         ({"predict": lambda texts: 5 * predict(texts)}, "predict must give class probabilities (3, classes)"),
         ({"predict": lambda texts: predict(texts)[:, 1]}, "each row summing to 1, got shape (3,): of scores take"),
         (
@@ -186,13 +186,43 @@ def test_normalised_aopc_is_one_at_the_best_order_and_zero_at_the_worst() -> Non
     assert normalised(0.0, 0.0, 0.0) == 0.5
 
 
+@pytest.mark.parametrize("words", [["good"] * 4, ["film", "film"], ["fine"] * 5])
+def test_where_no_order_is_better_an_aopc_lies_in_the_middle(words: list[str]) -> None:
+    def by_count(texts: Sequence[Words]) -> Tensor:
+        positive = torch.tensor([0.3 * len(text) for text in texts], dtype=torch.float64).sigmoid()
+        return torch.stack((1 - positive, positive), 1)
+
+    value = aopc(by_count, words, [0.1 * i for i in range(len(words))])
+    assert normalised(value, *limits(by_count, words, len(words))) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: aopc(predict, ["good", "film"], []), "scores must score at least one word, got none"),
+        (lambda: aopc(predict, ["good", "film"], [1, 0, 2]), "scores must score at most the text's 2 words, got (3,)"),
+        (lambda: aopc(predict, ["good", "film"], [1, math.nan]), "scores must be numbers, got NaN"),
+        (lambda: aopc(predict, "good film", [1, 0]), "words must be a sequence of words, got a string: pass text.spl"),
+        (lambda: limits(predict, ["good", "film"], 3), "scored must be from 1 to 2, the words to delete among, got 3"),
+        (lambda: limits(predict, ["good", "film"], 2, beam=0), "beam must be at least 1, got 0"),
+        (
+            lambda: measure(predict, [["good"]], [1], {"r": [[0.0]]}, [30], batch_size=0),
+            "batch_size must be at least 1, or None for no limit, got 0",
+        ),
+    ],
+)
+def test_what_aopc_cannot_take_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        call()
+
+
 def test_a_text_of_one_word_has_no_aopc() -> None:
     assert aopc(predict, ["good", "bad"], [0.0, 1.0]) == aopc(predict, ["good", "bad"], torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="words must be at least two, since a text keeps its last, got 1"):
         aopc(predict, ["good"], torch.zeros(1))
     with pytest.raises(ValueError, match="words must be at least two, since a text keeps its last, got 1"):
         limits(predict, ["good"], 1)
-    with pytest.raises(ValueError, match="scored must be at least 1"):
+    with pytest.raises(ValueError, match="scored must be from 1 to 2"):
         limits(predict, ["good", "film"], 0)
 
 

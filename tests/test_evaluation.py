@@ -1,8 +1,9 @@
 """Capacity by place, rankers, intervals and whole evaluations against slow implementations of their own."""
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ def test_places_hold_what_their_names_say(gate: bool) -> None:
 
 
 def test_several_layers_have_places_of_their_own() -> None:
-    model, ids, mask = model_and_batch(layers=2)
+    model, ids, mask = model_and_batch(layers=11)
     states = hidden_states(model, ids, mask)[1]
     inner = [place for place in PLACES if place not in ("embedding", "vmask")]
-    assert list(states) == ["embedding", "vmask", *(f"layer{i}.{place}" for i in (1, 2) for place in inner)]
+    assert list(states) == ["embedding", "vmask", *(f"layer{i}.{place}" for i in range(1, 12) for place in inner)]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-30])
@@ -186,6 +187,33 @@ def test_bootstrap_intervals_are_those_of_scipy_and_one_resample_serves_all() ->
         assert high[column].item() == pytest.approx(expected.confidence_interval.high, abs=0.15 * spread)
     one_low, _ = bootstrap(values[:, 0], draws=4_000)
     assert one_low.item() == pytest.approx(low[0].item())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: paired_test(torch.zeros(3), torch.zeros(3, 1)),
+            "a and b must have shape (N,), of the same texts, got",
+        ),
+        (
+            lambda: paired_test(torch.zeros(3), torch.zeros(1)),
+            "a and b must have shape (N,), of the same texts, got (3",
+        ),
+        (lambda: paired_test(torch.tensor([math.nan, 1]), torch.zeros(2)), "a and b must be numbers, got NaN"),
+        (lambda: t_interval([]), "values must hold at least one number, got none"),
+        (lambda: bootstrap(torch.zeros(3), level=95), "level must be between 0 and 1, such as 0.95, got 95"),
+        (lambda: evaluate_scores(predict, Split(["a"], [1]), {}, EvaluationConfig()), "scores must hold those of at"),
+    ],
+)
+def test_what_statistics_cannot_be_taken_of_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_average_capacity_of_words_that_are_all_important_has_no_less() -> None:
+    scores = {"capacity:vmask": [torch.tensor([0.6])], "vmask": [torch.tensor([0.5])]}
+    assert average_capacity(scores)["vmask"] == pytest.approx({"all": 0.6, "important": 0.6})
 
 
 def test_an_interval_of_no_texts_is_named() -> None:

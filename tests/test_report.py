@@ -145,6 +145,39 @@ def test_the_curve_of_deletion_goes_from_left_to_right() -> None:
     assert np.asarray(line.get_xydata()).tolist() == [[0, 90], [10, 10], [30, 30], [50, 50]]
 
 
+def test_gradient_norms_stand_at_the_epochs_they_are_of() -> None:
+    steps = [
+        {"event": "step", "epoch": epoch, "train": {"gradient_cross_entropy": norm}}
+        for epoch, norm in ((3, 0.7), (5, 0.6), (5, 0.8), (7, 0.5))
+    ]
+    assert content._gradient_norms(steps) == {"cross-entropy": pytest.approx({3: 0.7, 5: 0.7, 7: 0.5})}
+    (line,) = figures.curves({"a": {3: 0.7, 5: 0.7}}, "norm").axes[0].lines
+    assert line.get_xdata().tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("values", [(0.7, 0.5, 0.31), (0.5, 30.0, 400.0)])
+def test_a_logarithmic_axis_has_numbers(values: tuple[float, ...]) -> None:
+    drawn = figures.svg(figures.curves({"a": dict(enumerate(values, 1))}, "norm", log=True)).decode()
+    texts = [text for element in ET.fromstring(drawn).iter() if (text := (element.text or "").strip())]
+    ticks = [float(text) for text in texts if re.fullmatch(r"[\d.]+", text)]
+    within = [tick for tick in ticks if min(values) <= tick <= max(values)]
+    assert len({tick for tick in within if tick not in (1, 2, 3)}) >= 2
+
+
+def test_of_several_layers_the_page_begins_at_the_last_ones_ffn1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.data, "load", lambda *_, **__: synthetic(0, {"train": 32, "dev": 8, "test": 8}))
+    model = ModelConfig(dim=16, heads=2, feedforward=16, mask_hidden=8, layers=2)
+    train(TrainConfig(out=tmp_path / "run", model=model, epochs=1, device="cpu"), report=lambda _: None)
+    (tmp_path / "run" / "figures").mkdir()
+    (tmp_path / "run" / "figures" / "deletion.svg").touch()
+    text = report_run(tmp_path / "run", ["a good film"]).page.read_text()
+    chosen = re.findall(r"<option value=\"\d+\" selected>([^<]+)<", text)
+    assert set(chosen) == {"layer2 FFN1 before ReLU"}
+    assert not (tmp_path / "run" / "figures" / "deletion.svg").exists()
+
+
 def test_a_page_of_a_killed_run_shows_what_is_whole(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "killed"
     shutil.copytree(runs["baseline"], run)

@@ -194,7 +194,7 @@ def test_weights_that_are_gone_and_needed_are_named(small: list[str], tmp_path: 
     reproduce("table2", config(tmp_path, normalised=2, **wanted), report=quiet)
     (tmp_path / "synthetic-masked-baseline-seed0" / "model.safetensors").unlink()
     with pytest.raises(
-        RunError, match=r"weights are gone; evaluation-tables.json was made with normalised 2 \(now 0\)"
+        RunError, match=r"are gone; evaluation-tables.json was made with normalised 2 \(now 0\); leave it out by --fin"
     ):
         reproduce("table2", config(tmp_path, **wanted), report=quiet)
     with pytest.raises(RunError, match=r"weights are gone; it has no evaluation-figure3.json"):
@@ -274,6 +274,8 @@ def test_values_are_means_over_seeds_beside_the_papers_own() -> None:
     assert summarise("table2", "imdb", results)["rows"][0]["paper"] is None
     assert "1,743 test texts (3 of one word, which keep it)" in "\n".join(lines)
     assert summarise("table2", "sst2", results, {"variant": "paper"})["rows"][0]["paper"] is None
+    elsewhere = [result | {"evaluation": result["evaluation"] | {"texts": 1821}} for result in results]
+    assert summarise("table2", "sst2", elsewhere)["rows"][0]["paper"] is None
     masked = [result | {"protocol": "masked"} for result in results]
     assert summarise("table2", "sst2", masked)["rows"][0]["paper"] is None
 
@@ -338,14 +340,21 @@ def test_the_commands_run_from_end_to_end(small: list[str], tmp_path: Path, caps
     assert {"evaluation.json", "report.html"} <= {file.name for file in out.iterdir()}
 
 
-def test_committed_results_give_their_table_without_data_or_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("target", "rows"), [("table2", ()), ("table3", ("0,0", "1,0", "1,0.1")), ("figure3", ("1,0.1",))]
+)
+def test_committed_results_give_their_tables_without_data_or_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, rows: tuple[str, ...]
 ) -> None:
     results = Path(__file__).parents[1] / "results" / "sst2-released"
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
-    for table in tmp_path.glob("table2*"):
+    for table in tmp_path.glob(f"{target}*"):
         table.unlink()
-    cli.main(["reproduce", "table2", "--protocol", "released", "--finished-only", "--out", str(tmp_path)])
-    text = (results / "table2-sst2.md").read_text(encoding="utf-8")
-    assert (tmp_path / "table2-sst2.md").read_text(encoding="utf-8") == text
-    assert text in capsys.readouterr().out
+    options = ["--protocol", "released", "--finished-only", "--out", str(tmp_path)]
+    cli.main(["reproduce", target, *options, *(["--rows", *rows] if rows else [])])
+    text = (results / f"{target}-sst2.md").read_text(encoding="utf-8")
+    assert (tmp_path / f"{target}-sst2.md").read_text(encoding="utf-8") == text
+    printed = capsys.readouterr().out
+    assert text in printed
+    # Figure 3 is of the three runs whose weights were there when it was made.
+    assert printed.count("left out: ") == (2 if target == "figure3" else 0)

@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed or damaged: they end as if nothing had been, or say why they cannot."""
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable
@@ -323,6 +324,23 @@ def test_a_damaged_file_of_a_finished_run_is_named(tmp_path: Path, name: str) ->
     cut(name)(result.out)
     with pytest.raises(RunError, match=f"{name} cannot be read .* put back a copy"):
         load_run(result.out)
+
+
+def test_files_of_two_runs_are_not_put_together(tmp_path: Path) -> None:
+    out = run(tmp_path / "run", epochs=1).out
+    words = json.loads((out / "vocabulary.json").read_text())
+    (out / "vocabulary.json").write_text(json.dumps(words[:-3]))
+    with pytest.raises(
+        RunError, match=r"model.safetensors, vocabulary.json, config.json in .* are not of one run: put b"
+    ):
+        load_run(out)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"texts": 3}'])
+def test_an_evaluation_that_is_damaged_is_to_be_made_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(RunError, match=r"evaluation.json cannot be read .*: remove it, and it is made anew"):
+        RunFolder(tmp_path).load_evaluation("evaluation.json")
 
 
 def test_a_damaged_summary_is_named(tmp_path: Path) -> None:

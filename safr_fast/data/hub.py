@@ -83,7 +83,10 @@ def _reachable(address: str) -> bool:
     proxy = urllib.request.getproxies().get(url.scheme)
     if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
         url = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    target = (url.hostname, url.port or (80 if url.scheme == "http" else 443))
+    try:
+        target = (url.hostname, url.port or (80 if url.scheme == "http" else 443))
+    except ValueError:  # a port that is no number
+        return False
     answered = threading.Event()
 
     def connect() -> None:

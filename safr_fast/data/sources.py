@@ -89,6 +89,8 @@ def _imdb(folder: Path | None, seed: int | None) -> Corpus:
     else:
         splits = tables.read(folder, ("train", "test"), "aclImdb")
     train, dev = _stratified(splits["train"], _IMDB_DEV_SHARE, seed)
+    if not len(dev):
+        raise DataUnavailable("train must hold at least two texts of a class, one of them to develop on: add texts")
     return Corpus("imdb", train, dev, splits["test"])
 
 

@@ -24,8 +24,8 @@ def marks_paper(folder: Path, names: Sequence[str]) -> bool:
     """Whether splits that :func:`read` gives have the column ``paper``."""
     from pyarrow import parquet
 
-    files = _files(_place(folder, names) or folder, names[0])
-    return "paper" in parquet.read_schema(files[0]).names
+    place = _place(folder, names) or folder
+    return all("paper" in parquet.read_schema(_files(place, name)[0]).names for name in names)
 
 
 def _place(folder: Path, names: Sequence[str]) -> Path | None:
@@ -56,7 +56,8 @@ def _split(place: Path, name: str, alternative: str, paper: bool) -> Split:
     parts = [_part(file, paper) for file in files]
     texts = [text for part in parts for text in part.texts]
     if not texts:
-        raise DataUnavailable(f"{name} in {str(place)!r} has no rows: give a folder whose files are not empty")
+        none = "has no rows that column paper marks: give --all-rows, or" if paper else "has no rows: give"
+        raise DataUnavailable(f"{name} in {str(place)!r} {none} a folder whose files are not empty")
     return Split(texts, [label for part in parts for label in part.labels])
 
 

@@ -88,6 +88,8 @@ def measure(
     Source: SAFR section 4 (arXiv 2501.16374); DeYoung et al. 2020, *ERASER*; Chen & Ji 2020 for the log-odds.
     """
     _check_ks(ks)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, or None for no limit, got {batch_size}")
     labels, scores = _checked(texts, labels, scores)
     parts: dict[str, dict[float, list[Tensor]]] = {name: {k: [] for k in ks} for name in scores}
     whole = []
@@ -141,15 +143,19 @@ def _checked(
     for name, rows in scores.items():
         if len(rows) != len(texts):
             raise ValueError(f"scores[{name!r}] must hold a row for each of {len(texts)} texts, got {len(rows)}")
-        by_ranker[name] = [_tensor(f"scores[{name!r}][{i}]", row) for i, row in enumerate(rows)]
-        for i, (row, words) in enumerate(zip(by_ranker[name], texts, strict=True)):
-            if row.dim() != 1 or len(row) > len(words):
-                raise ValueError(
-                    f"scores[{name!r}][{i}] must score at most the text's {len(words)} words, got {tuple(row.shape)}"
-                )
-        if rows and torch.cat(by_ranker[name]).isnan().any():
-            raise ValueError(f"scores[{name!r}] must be numbers, got NaN")
+        both = zip(rows, texts, strict=True)
+        by_ranker[name] = [checked_row(f"scores[{name!r}][{i}]", row, words) for i, (row, words) in enumerate(both)]
     return classes, by_ranker
+
+
+def checked_row(name: str, scores: Tensor | Sequence[float], words: Words) -> Tensor:
+    """Scores of a text's first words, as a tensor on the CPU."""
+    row = _tensor(name, scores)
+    if row.dim() != 1 or len(row) > len(words):
+        raise ValueError(f"{name} must score at most the text's {len(words)} words, got {tuple(row.shape)}")
+    if row.isnan().any():
+        raise ValueError(f"{name} must be numbers, got NaN")
+    return row
 
 
 def _tensor(name: str, values: object) -> Tensor:

@@ -11,17 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from safr_fast.evaluation.deletion import Predict, Words, order, probabilities_of, without
+from safr_fast.evaluation.deletion import Predict, Words, checked_row, order, probabilities_of, without
+
+# The limits and the value are sums of the same probabilities in different orders.
+_ALIKE = 1e-9
 
 
 def aopc(predict: Predict, words: Words, scores: Tensor | Sequence[float]) -> float:
     """Mean fall of p(ŷ) over deleting 1, 2, … of the scored words, highest first, down to the last word of the text.
 
     Raises:
-        ValueError: fewer than two words, of which none can be deleted.
+        TypeError, ValueError: fewer than two words, of which none can be deleted; not one score, a number, for each of
+            the first words.
     """
     _check(words)
-    ranked = order(torch.as_tensor(scores))
+    ranked = order(checked_row("scores", scores, words))
+    if not ranked:
+        raise ValueError("scores must score at least one word, got none")
     steps = min(len(ranked), len(words) - 1)
     probabilities = probabilities_of(predict, [words, *(without(words, ranked[:i]) for i in range(1, steps + 1))])
     curve = probabilities[:, probabilities[0].argmax()]
@@ -35,11 +41,14 @@ def limits(predict: Predict, words: Words, scored: int, *, beam: int = 5) -> tup
     sets, else an inner bound.
 
     Raises:
-        ValueError: fewer than two words, of which none can be deleted; none of them is scored.
+        TypeError, ValueError: fewer than two words, of which none can be deleted; ``scored`` is none or more of them;
+            ``beam`` is below 1.
     """
     _check(words)
-    if scored < 1:
-        raise ValueError(f"scored must be at least 1, the number of words to delete among, got {scored}")
+    if not 1 <= scored <= len(words):
+        raise ValueError(f"scored must be from 1 to {len(words)}, the words to delete among, got {scored}")
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
     whole = probabilities_of(predict, [words])[0]
     target = whole.argmax()
     steps = min(scored, len(words) - 1)
@@ -62,11 +71,16 @@ def limits(predict: Predict, words: Words, scored: int, *, beam: int = 5) -> tup
 
 
 def _check(words: Words) -> None:
+    if isinstance(words, str):
+        raise TypeError("words must be a sequence of words, got a string: pass text.split()")
     if len(words) < 2:
         raise ValueError(f"words must be at least two, since a text keeps its last, got {len(words)}")
 
 
 def normalised(value: float, low: float, high: float) -> float:
-    """Where ``value`` lies between its limits, 0 worst and 1 best; a beam's inner bounds are widened to hold it."""
+    """Where ``value`` lies between its limits, 0 worst and 1 best, 0.5 where no order is better than another.
+
+    A beam's inner bounds are widened to hold it.
+    """
     low, high = min(low, value), max(high, value)
-    return (value - low) / (high - low) if high > low else 0.5
+    return (value - low) / (high - low) if high - low > _ALIKE else 0.5

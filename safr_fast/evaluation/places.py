@@ -77,8 +77,12 @@ def hidden_states(
     finally:
         model.train(training)
     rank = {place: i for i, place in enumerate(PLACES)}
-    ordered = sorted(seen, key=lambda place: (place.count("."), place.rpartition(".")[0], rank[place.split(".")[-1]]))
-    return output, {place: seen[place] for place in ordered}
+
+    def position(place: str) -> tuple[int, str, int]:
+        layer, _, name = place.rpartition(".")
+        return len(layer), layer, rank[name]  # layer10 after layer9
+
+    return output, {place: seen[place] for place in sorted(seen, key=position)}
 
 
 def exact_capacity(h: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from safr_fast.evaluation.places import exact_capacity, hidden_states
 from safr_fast.nn import TransformerClassifier
 
 _STEPS = 32
+GRADIENT_RANKERS = ("gradient_x_input", "integrated_gradients")
 
 Scores = dict[str, list[Tensor]]
 Progress = Callable[[list[list[int]]], Iterator[list[int]]]
@@ -77,7 +78,5 @@ def _attributions(model: TransformerClassifier, batch: Padded, target: Tensor) -
     integrated = IntegratedGradients(logits).attribute(
         embedded, target=target, additional_forward_args=others, n_steps=_STEPS, internal_batch_size=len(batch.ids)
     )
-    return {
-        "gradient_x_input": by_input.sum(-1).detach(),
-        "integrated_gradients": integrated.sum(-1).detach(),
-    }
+    values = (attribution.sum(-1).detach() for attribution in (by_input, integrated))
+    return dict(zip(GRADIENT_RANKERS, values, strict=True))

@@ -16,7 +16,7 @@ from safr_fast.evaluation import deletion
 from safr_fast.evaluation.config import EvaluationConfig
 from safr_fast.evaluation.normalised_aopc import aopc, limits, normalised
 from safr_fast.evaluation.predictor import Predictor
-from safr_fast.evaluation.rankers import Scores, score
+from safr_fast.evaluation.rankers import GRADIENT_RANKERS, Scores, score
 from safr_fast.evaluation.statistics import bootstrap, paired_test
 from safr_fast.training import load_run
 from safr_fast.training.errors import OptionError, RunError
@@ -98,6 +98,8 @@ def evaluate_scores(
     """
     texts = [text.split() for text in split.texts]
     labels = torch.tensor(split.labels)
+    if not scores:
+        raise ValueError("scores must hold those of at least one ranker, by name, got none")
     lengths = next(iter(scores.values()))
     _check_rankers(config, scores)
     _check_lengths(scores)
@@ -126,7 +128,8 @@ def evaluate_scores(
 def _check_rankers(config: EvaluationConfig, scores: Scores) -> None:
     unknown = set(config.rankers) - set(scores)
     if unknown:
-        raise OptionError(f"rankers must be among {', '.join(scores)}, got {', '.join(sorted(unknown))}")
+        remedy = "" if config.gradients or not unknown <= set(GRADIENT_RANKERS) else ": give --gradients too"
+        raise OptionError(f"rankers must be among {', '.join(scores)}, got {', '.join(sorted(unknown))}{remedy}")
 
 
 def _check_lengths(scores: Scores) -> None:
@@ -155,10 +158,9 @@ def average_capacity(scores: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[s
         important = torch.cat(chosen)
         for place, rows in places.items():
             values = torch.cat(list(rows))
-            averages[place] |= {
-                "important": values[important].mean().item(),
-                "less": values[~important].mean().item() if not important.all() else 0.0,
-            }
+            averages[place]["important"] = values[important].mean().item()
+            if not important.all():
+                averages[place]["less"] = values[~important].mean().item()
     return averages
 
 
@@ -207,13 +209,14 @@ def _normalised(
     predict: deletion.Predict, texts: Sequence[deletion.Words], scores: Scores, config: EvaluationConfig
 ) -> dict[str, Any]:
     """By ranker the mean over a sample of short texts, with its interval; empty where none was asked for."""
-    short = [i for i, words in enumerate(texts) if 2 <= len(words) <= _SHORT]
+    lengths = [len(row) for row in next(iter(scores.values()))]
+    short = [i for i, words in enumerate(texts) if 2 <= len(words) <= _SHORT and lengths[i]]
     rows = sorted(Random(config.seed).sample(short, min(config.normalised, len(short))))
     if not rows:
         return {}
     values: dict[str, list[float]] = {name: [] for name in scores}
     for i in tqdm(rows, "AOPC limits", leave=False, unit="text", disable=None):
-        low, high = limits(predict, texts[i], len(next(iter(scores.values()))[i]))
+        low, high = limits(predict, texts[i], lengths[i])
         for name in scores:
             values[name].append(normalised(aopc(predict, texts[i], scores[name][i]), low, high))
     columns = {name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()}

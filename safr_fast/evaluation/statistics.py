@@ -12,8 +12,9 @@ def bootstrap(values: Tensor, *, draws: int = 2_000, level: float = 0.95, seed: 
     """Percentile bootstrap interval of means over texts: ``(N, ...)`` to two of ``(...)``; one resample serves all.
 
     Raises:
-        ValueError: no texts.
+        ValueError: no texts; ``level`` is not between 0 and 1.
     """
+    _check_level(level)
     generator = torch.Generator().manual_seed(seed)
     N = len(values)
     if not N:
@@ -32,7 +33,15 @@ def bootstrap(values: Tensor, *, draws: int = 2_000, level: float = 0.95, seed: 
 
 
 def paired_test(a: Tensor, b: Tensor, *, draws: int = 9_999, seed: int = 0) -> float:
-    """Two-sided p of equal means of two rankers' measures on the same texts: signs of the differences are flipped."""
+    """Two-sided p of equal means of two rankers' measures on the same texts: signs of the differences are flipped.
+
+    Raises:
+        ValueError: not one number for each text, the same texts, in both; a NaN.
+    """
+    if a.dim() != 1 or a.shape != b.shape:
+        raise ValueError(f"a and b must have shape (N,), of the same texts, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.isnan().any() or b.isnan().any():
+        raise ValueError("a and b must be numbers, got NaN")
     difference = (a - b).double().numpy()
     difference = difference[difference != 0]  # a text without a difference says nothing under any sign
     if len(difference) < 2:
@@ -50,10 +59,22 @@ def paired_test(a: Tensor, b: Tensor, *, draws: int = 9_999, seed: int = 0) -> f
 
 
 def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float | None]:
-    """Mean over seeds and half the width of Student's interval of it; no width from a single value."""
+    """Mean over seeds and half the width of Student's interval of it; no width from a single value.
+
+    Raises:
+        ValueError: no values; ``level`` is not between 0 and 1.
+    """
+    _check_level(level)
     n = len(values)
+    if not n:
+        raise ValueError("values must hold at least one number, got none")
     mean = sum(values) / n
     if n < 2:
         return mean, None
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
     return mean, float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, such as 0.95, got {level!r}")

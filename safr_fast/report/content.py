@@ -139,7 +139,7 @@ def training(run: Path) -> dict[str, Figure]:
         name.removesuffix("_weighted").replace("_", "-"): figures.series_of(epochs, "train", name)
         for name in ("cross_entropy", "importance_weighted", "interaction_weighted")
     }
-    weighted = {name: values for name, values in weighted.items() if values and min(values) > 0}
+    weighted = {name: values for name, values in weighted.items() if values and min(values.values()) > 0}
     if len(weighted) > 1:
         shown["Every term as weighted in the loss"] = figures.curves(weighted, "loss", log=True)
     norms = _gradient_norms([record for record in records if record["event"] == "step"])
@@ -148,17 +148,17 @@ def training(run: Path) -> dict[str, Figure]:
     return shown
 
 
-def _gradient_norms(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """By term the mean of each epoch's logged steps."""
+def _gradient_norms(steps: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """By term the mean of each epoch's logged steps; an epoch may have none."""
     names = ("cross_entropy", "importance_weighted", "interaction_weighted")
-    series: dict[str, list[float]] = {}
+    series: dict[str, dict[int, float]] = {}
     for name in names:
         by_epoch: dict[int, list[float]] = {}
         for step in steps:
             if f"gradient_{name}" in step["train"]:
                 by_epoch.setdefault(step["epoch"], []).append(step["train"][f"gradient_{name}"])
-        means = [sum(values) / len(values) for _, values in sorted(by_epoch.items())]
-        if means and min(means) > 0:
+        means = {epoch: sum(values) / len(values) for epoch, values in sorted(by_epoch.items())}
+        if means and min(means.values()) > 0:
             series[name.removesuffix("_weighted").replace("_", "-")] = means
     return series
 
@@ -189,7 +189,7 @@ class VocabularyWord:
 def vocabulary(model: TransformerClassifier, words: Sequence[str]) -> dict[str, list[VocabularyWord]]:
     """Words of highest and lowest capacity, the vocabulary's gated embeddings taken for one dictionary of features.
 
-    Among all its words, those that the gate drops have none; the lowest are taken from those it rather keeps.
+    Among all its words, those that the gate drops have none; the lowest are taken from those it rather keeps, if any.
     """
     with torch.no_grad():
         x = model.embedding.weight[2:] * model.embedding.embedding_dim**0.5  # padding and the unknown word apart
@@ -199,8 +199,6 @@ def vocabulary(model: TransformerClassifier, words: Sequence[str]) -> dict[str, 
         squares = (h * h).sum(1) ** 2
         values = squares / ((h @ (h.T @ h)) * h).sum(1).clamp(min=torch.finfo(h.dtype).tiny)
     kept = torch.arange(len(values)) if gate is None else (gate > 0.5).nonzero().squeeze(1)
-    if not len(kept):
-        kept = torch.arange(len(values))
 
     def rows(positions: Tensor) -> list[VocabularyWord]:
         return [

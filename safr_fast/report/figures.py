@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 Points = Sequence[tuple[float, float, float, float]]
 """Of a curve: x, y, and the band's low and high."""
@@ -52,17 +52,20 @@ def data_uri(drawn: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(drawn).decode()
 
 
-def curves(series: Mapping[str, Sequence[float]], y: str, *, log: bool = False) -> Figure:
-    """One value for each epoch of every series, from epoch 1."""
+def curves(series: Mapping[str, Mapping[int, float]], y: str, *, log: bool = False) -> Figure:
+    """Of every series a value by epoch."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.7))
         axes = figure.subplots()
         for name, values in series.items():
-            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name)
+            axes.plot(list(values), list(values.values()), marker="o", markersize=3, label=name)
         axes.set(xlabel="epoch", ylabel=y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
+            every = [value for values in series.values() for value in values.values()]
+            within_a_decade = max(every) < 10 * min(every)
+            axes.yaxis.set_major_locator(MaxNLocator(5) if within_a_decade else LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(_plain)
             axes.yaxis.set_minor_formatter(NullFormatter())
         if len(series) > 1:
@@ -162,7 +165,7 @@ def interference(words: Sequence[str], values: np.ndarray, polysemanticity: np.n
         return figure
 
 
-def series_of(records: Sequence[Mapping[str, Any]], split: str, name: str) -> list[float]:
+def series_of(records: Sequence[Mapping[str, Any]], split: str, name: str) -> dict[int, float]:
     """A value of every epoch of a run's metrics, if each has it."""
-    values = [record[split][name] for record in records if name in record[split]]
-    return values if len(values) == len(records) else []
+    values = {record["epoch"]: record[split][name] for record in records if name in record[split]}
+    return values if len(values) == len(records) else {}

@@ -57,7 +57,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
         moved = config if data_dir is None else TrainConfig.from_json(config.to_json() | {"data_dir": str(data_dir)})
         texts = _examples(load_corpus(moved).test)
     looked_into = [content.of_text(model, predictor, text) for text in texts]
-    evaluation = RunFolder(run).load_result(EVALUATION)
+    evaluation = RunFolder(run).load_evaluation(EVALUATION)
     outdated = evaluation is not None and evaluation.get("weights") != RunFolder(run).digest()
     if outdated:
         evaluation = None
@@ -89,10 +89,10 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
             }
         )
     page = _template().render(
-        heading=f"SAFR: {run.name}",
+        heading=f"SAFR: {run.resolve().name}",
         facts=_facts(model, config, run),
         texts=shown,
-        start=_START,
+        start=next(name for name in reversed(looked_into[0].places) if name.endswith(_START)),
         evaluation=evaluation,
         outdated=outdated,
         k=_nearest_30(evaluation),
@@ -106,8 +106,9 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
     result = Report(run / FILE, run / FIGURES)
     write_atomically(result.page, lambda file: file.write_text(page, encoding="utf-8"))
     result.figures.mkdir(exist_ok=True)
-    for stale in result.figures.glob("text*-*.svg"):
-        stale.unlink()
+    for pattern in ("text*-*.svg", "training-*.svg", "deletion.svg"):
+        for stale in result.figures.glob(pattern):
+            stale.unlink()
     for name, image in drawn.items():
         (result.figures / f"{_file_name(name)}.svg").write_bytes(image)
     return result

@@ -12,7 +12,7 @@ def gradient_shares(folder: RunFolder) -> dict[str, float]:
     Empty where the run was trained without ``log_gradients``. Kept in a file of its own, so that the metrics, which are
     long, need not be kept with the results.
     """
-    stored = folder.load_result(_FILE)
+    stored = folder.load_result(_FILE, remedy="remove it, and it is made anew from the metrics")
     if stored is not None:
         return stored
     steps = [record["train"] for record in folder.load_metrics() if record["event"] == "step"]

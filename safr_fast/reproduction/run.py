@@ -48,7 +48,7 @@ class _Run:
 
     def stored(self) -> dict[str, Any] | None:
         """Its evaluation, if there is one as it is asked for."""
-        stored = self.folder.load_result(self.file)
+        stored = self.folder.load_evaluation(self.file)
         return stored if stored and stored["config"] == self.config.evaluation(self.target).to_json() else None
 
     def result(self, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +93,9 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
         if run in results or (config.finished_only and not run.finished):
             continue
         report(f"{number}/{len(plan)}: {run.folder.path}")
+        if config.finished_only and (obstacle := _obstacle(run)):
+            report(f"left out: {obstacle}")
+            continue
         _train(run, report)
         results[run] = run.result(_evaluated(run))
         text = _written(target, config, plan, results)
@@ -153,11 +156,19 @@ def _evaluated(run: _Run) -> dict[str, Any]:
     evaluation, folder = run.config.evaluation(run.target), run.folder
     if stored := run.stored():
         return stored
-    if not folder.model_file.exists():
-        other = folder.load_result(run.file)
-        why = f"{run.file} was made with {evaluation.differs(other['config'])}" if other else f"it has no {run.file}"
-        raise RunError(f"{folder.path} cannot be evaluated, its weights are gone; {why}")
+    if obstacle := _obstacle(run):
+        raise RunError(f"{obstacle}; leave it out by --finished-only, or train it anew by another --out")
     with settings(run.training):
         return evaluate_run(
             folder.path, evaluation, data_dir=run.config.data_dir, device=run.config.device, file=run.file
         )
+
+
+def _obstacle(run: _Run) -> str | None:
+    """Why a run can be in no table."""
+    folder, evaluation = run.folder, run.config.evaluation(run.target)
+    if folder.model_file.exists():
+        return None
+    other = folder.load_evaluation(run.file)
+    why = f"{run.file} was made with {evaluation.differs(other['config'])}" if other else f"it has no {run.file}"
+    return f"{folder.path} cannot be evaluated, its weights are gone; {why}"

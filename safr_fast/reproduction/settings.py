@@ -58,6 +58,9 @@ PAPER = {
 }
 """By data set and setting: accuracy, accuracy after random deletion, SRS, at 30 % (arXiv 2501.16374, Table 2)."""
 
+PAPER_TEXTS = {"sst2": 1_743}
+"""Test texts behind these figures: those of the paper's subset of SST-2."""
+
 PAPER_CAPACITY = {("sst2", Setting(1, 0.1)): {"all": 0.193, "important": 0.414, "less": 0.098}}
 """Average capacity (Table 3); the paper does not say at which place."""
 

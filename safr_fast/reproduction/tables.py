@@ -7,7 +7,7 @@ from typing import Any
 from safr_fast.evaluation.places import title
 from safr_fast.evaluation.statistics import t_interval
 from safr_fast.reproduction.config import Target
-from safr_fast.reproduction.settings import PAPER, PAPER_CAPACITY, Setting
+from safr_fast.reproduction.settings import PAPER, PAPER_CAPACITY, PAPER_TEXTS, Setting
 
 _FFN1, _VMASK, _RANDOM = "capacity:ffn1_pre", "capacity:vmask", "random"
 _TERMS = ("importance", "interaction")
@@ -27,8 +27,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The table as plain values: for every row and measure ``[mean, half width of the 95 % interval, or null]``.
 
-    The paper's figures stand beside the runs that were trained as its own: by the protocol ``released``, and with no
-    ``departures``, which are options by name.
+    The paper's figures stand beside the runs that were trained as its own: by the protocol ``released``, with no
+    ``departures``, which are options by name, and evaluated on as many texts.
     """
     groups: dict[tuple[str, Setting], list[Mapping[str, Any]]] = {}
     for result in results:
@@ -36,7 +36,8 @@ def summarise(
     rows = []
     for (protocol, setting), runs in groups.items():
         evaluations = [run["evaluation"] for run in runs]
-        as_its_own = protocol == "released" and not departures
+        texts = {evaluation["texts"] for evaluation in evaluations}
+        as_its_own = protocol == "released" and not departures and texts == {PAPER_TEXTS.get(dataset)}
         figures = PAPER.get((dataset, setting)) if as_its_own else None
         rows.append(
             {
@@ -65,7 +66,11 @@ def _values(target: Target, evaluations: Sequence[Mapping[str, Any]]) -> dict[st
     if target == "table3":
         return {
             "capacity": {
-                place: {part: _over(e["capacity"][place][part] for e in evaluations) for part in parts}
+                place: {
+                    part: _over(e["capacity"][place][part] for e in evaluations)
+                    for part in parts
+                    if all(part in e["capacity"][place] for e in evaluations)
+                }
                 for place, parts in first["capacity"].items()
             }
         }

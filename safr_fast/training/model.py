@@ -6,6 +6,7 @@ from pathlib import Path
 from safr_fast.data.vocabulary import Vocabulary
 from safr_fast.nn import SAFRClassifier, TransformerClassifier
 from safr_fast.training.config import ModelConfig, TrainConfig
+from safr_fast.training.errors import RunError
 from safr_fast.training.protocol import PROTOCOLS
 from safr_fast.training.run import RunFolder
 
@@ -26,5 +27,9 @@ def load_run(path: str | Path) -> tuple[TransformerClassifier, Vocabulary, Train
     weights = folder.load_model()
     vocabulary = folder.load_vocabulary()
     model = build_model(len(vocabulary), config.model, pads_count=PROTOCOLS[config.protocol].pads_count)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        files = ", ".join(file.name for file in (folder.model_file, folder.vocabulary_file, folder.config_file))
+        raise RunError(f"{files} in {folder.path} are not of one run: put back copies of all three ({error})") from None
     return model.eval(), vocabulary, config

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -120,15 +120,21 @@ class RunFolder:
             return Vocabulary.load(self.vocabulary_file)
 
     def load_summary(self) -> dict[str, Any] | None:
-        return self.load_result(self.summary_file.name)
+        return self.load_result(self.summary_file.name, ("epochs", "best_epoch", "dev", "test"))
 
-    def load_result(self, name: str) -> dict[str, Any] | None:
-        """A file of results, here the summary or an evaluation; None if there is none."""
+    def load_evaluation(self, name: str) -> dict[str, Any] | None:
+        return self.load_result(name, ("config", "texts", "rankers", "capacity"), "remove it, and it is made anew")
+
+    def load_result(self, name: str, needed: Sequence[str] = (), remedy: str | None = None) -> dict[str, Any] | None:
+        """A file of results, which must have what is ``needed``; None if there is none."""
         file = self.path / name
         if not file.exists():
             return None
-        with _undamaged(file):
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+        with _undamaged(file, remedy):
+            result = dict(json.loads(file.read_text(encoding="utf-8")))
+            if missing := [key for key in needed if key not in result]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            return result
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -237,8 +243,9 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _undamaged(file: Path, remedy: str = "put back a copy of it, or start anew by another --out") -> Iterator[None]:
+def _undamaged(file: Path, remedy: str | None = None) -> Iterator[None]:
     """Reading one file of a run: whatever is wrong with it becomes one sentence."""
+    remedy = remedy or "put back a copy of it, or start anew by another --out"
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
