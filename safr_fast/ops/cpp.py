@@ -48,8 +48,8 @@ def unavailable_reason(device: torch.device | None = None, dtype: torch.dtype | 
     """
     if _cpu is None:
         return (
-            f"the extension safr_fast._cpu is not built ({_import_error}); it needs a C++17 compiler and"
-            " Python's headers (python3-dev, python3-devel) when the package is installed: pip install --force-reinstall"
+            f"the extension safr_fast._cpu is not built ({_import_error}); it needs a C++17 compiler and Python's"
+            " headers (python3-dev, python3-devel) when the package is installed: pip install --force-reinstall"
             " --no-deps . in the source tree"
         )
     if device is not None and device.type != "cpu":
