@@ -109,6 +109,24 @@ def test_documented_correspondence_of_the_importance_weights() -> None:
     assert torch.isclose(released.total, paper.total, rtol=1e-5)
 
 
+def test_what_the_loss_is_made_with_reaches_its_terms() -> None:
+    logits, target, h, q, k = batch()
+    causal = sf.SAFRLoss(0.0, 1.0, variant="released", is_causal=True, scale=0.7)
+    parts = causal(logits, target, qk=(q, k), return_parts=True)
+    form = {"squared": False, "exclude_diagonal": True, "is_causal": True, "scale": 0.7}
+    assert parts.interaction.item() == pytest.approx(sf.interaction_loss_from_qk(q, k, **form).item(), rel=1e-6)
+    weights = (q @ k.mT).softmax(-1)
+    for given in ({"hidden": h}, {"qk": (q, k)}, {"attention": weights}):
+        weight = {"lambda_importance": float("hidden" in given), "lambda_interaction": float("hidden" not in given)}
+        double = {name: tuple(x.double() for x in xs) if name == "qk" else xs.double() for name, xs in given.items()}
+        with pytest.raises(sf.BackendUnavailable, match='impl="cpp" cannot serve'):
+            sf.SAFRLoss(**weight, impl="cpp")(logits, target, **double)
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k)]
+    packed = {"qk": tuple(tokens), "cu_seqlens": offsets([q.shape[2]] * 3), "max_seqlen": q.shape[2] - 1}
+    with pytest.raises(ValueError, match="max_seqlen must be at least"):
+        sf.SAFRLoss(0.0, 1.0)(logits, target, **packed)
+
+
 def test_a_term_without_weight_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target, h, q, k = batch()
     calls = []
