@@ -61,9 +61,9 @@ def test_a_resumed_run_with_pads_that_count_ends_as_if_never_interrupted(
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) -> None:
-    """At least 20 kills, at moments spread over all a run still has to do, its start and its end too.
+    """At least 10 kills, at moments spread over all a run still has to do, its start and its end too.
 
-    How many of them meet a run that had already been killed depends on the machine's load: it goes on until 4 have.
+    How many of them meet a run that had already been killed depends on the machine's load: it goes on until 2 have.
     """
     options = {"epochs": 2, "checkpoint_every": 2, "log_every": 3, "batch_tokens": 150}
     in_process(tmp_path / "warm", False, options).join()
@@ -72,7 +72,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) 
     seconds = time.perf_counter() - started
     random = Random(0)
     kills, resumed, runs = 0, 0, [tmp_path / "0"]
-    while kills < 20 or resumed < 4:
+    while kills < 10 or resumed < 2:
         assert kills + len(runs) < 500
         out = runs[-1]
         begun = (out / "config.json").exists()
@@ -91,6 +91,46 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(tmp_path: Path) 
     last.join()
     assert last.exitcode == 0
     for out in runs:
+        assert_same_runs(tmp_path / "whole", out)
+        assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
+
+
+def dying_before(patched: pytest.MonkeyPatch, nth: int) -> list[int]:
+    """Before the nth change of the folder: a file put in its place, a record appended, what is left removed.
+
+    Gives their count, which grows.
+    """
+    count = [0]
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changing(*arguments: Any, **options: Any) -> Any:
+            count[0] += 1
+            if count[0] == nth:
+                raise KeyboardInterrupt
+            return change(*arguments, **options)
+
+        return changing
+
+    for place, name in ((os, "replace"), (RunFolder, "append_metrics"), (RunFolder, "close")):
+        patched.setattr(place, name, counted(getattr(place, name)))
+    return count
+
+
+def test_a_run_ends_as_if_never_killed_whatever_it_was_about_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 2, "checkpoint_every": 4, "log_every": 7, "batch_tokens": 150}
+    with monkeypatch.context() as patched:
+        count = dying_before(patched, 0)
+        run(tmp_path / "whole", **options)
+    assert count[0] > 10
+    for nth in range(1, count[0] + 1):
+        out = tmp_path / str(nth)
+        with monkeypatch.context() as patched:
+            dying_before(patched, nth)
+            with pytest.raises(KeyboardInterrupt):
+                run(out, **options)
+        run(out, resume=(out / "config.json").exists(), **options)
         assert_same_runs(tmp_path / "whole", out)
         assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
 
