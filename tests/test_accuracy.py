@@ -83,7 +83,7 @@ def test_row_energy_of_rows_that_barely_interfere(backend: str, few: bool) -> No
 
 
 @every_backend(fused=True)
-@pytest.mark.parametrize(("big", "scale"), [(8, 1000.0), (8, 1400.0), (40, 300.0)])
+@pytest.mark.parametrize(("big", "scale"), [(8, 1400.0), (40, 300.0)])
 @pytest.mark.parametrize("measure", [sf.importance_loss, sf.capacity], ids=["importance", "capacity"])
 def test_measures_beside_massive_activations(
     backend: str, measure: Callable[..., Tensor], big: int, scale: float

@@ -251,7 +251,7 @@ def test_importance_is_not_specialised_on_the_number_of_samples_or_tokens(backen
             return sf.importance_loss(h, impl=impl, **({"cu_seqlens": cu_seqlens[0]} if packed else {}))
 
         compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-        for n, again in ((2, False), (3, True), (5, True)):
+        for n, again in ((2, False), (3, True)):
             h, *rest = sample(n)
             with torch._dynamo.config.patch(error_on_recompile=again):
                 actual = value_and_gradients(lambda h, rest=rest: compiled(h, *rest), (h,))

@@ -118,8 +118,10 @@ def test_stored_interaction_from_attention(path: Path, backend: str) -> None:
     stored = load(path)
     attention = stored["attention"]
     mask = mask_of(stored, attention.shape[-1])
+    # All reduce alike, in PyTorch; the interpreter is slow.
+    reductions = ("sum",) if backend == "triton" else ("sum", "mean", "none")
     for form, options in FORMS.items():
-        for reduction in ("sum", "mean", "none"):
+        for reduction in reductions:
             gradient = stored[f"grad_attention_{form}"] if reduction == "sum" else None
             check(
                 lambda impl, mask, a, options=options, reduction=reduction: sf.interaction_loss(
