@@ -8,12 +8,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from safr_fast.ops import dispatch
 from safr_fast.ops.row_energy import fake_moments, in_samples
 
-_library = torch.library.Library("safr_fast", "FRAGMENT")
+_library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
     "importance(Tensor h, Tensor? mask, Tensor? cu_seqlens, float eps, float scale, bool mean, bool save, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -60,7 +60,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("importance_backward", _backward, _device)
 
 
-@torch.library.register_fake("safr_fast::importance")
+@library.register_fake("safr_fast::importance")
 def _(
     h: Tensor,
     mask: Tensor | None,
@@ -77,7 +77,7 @@ def _(
     return loss, torch.empty_like(loss), rows, torch.empty_like(rows), moments, moments.new_empty(moments.shape[0])
 
 
-@torch.library.register_fake("safr_fast::importance_backward")
+@library.register_fake("safr_fast::importance_backward")
 def _(h: Tensor, *_: Any) -> Tensor:
     return h.new_empty(h.shape)
 

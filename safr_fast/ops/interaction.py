@@ -8,12 +8,12 @@ uses it: so both can be scaled by whatever gradient arrives later. The public fu
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
 
-_library = torch.library.Library("safr_fast", "FRAGMENT")
+_library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
     "interaction(Tensor attention, Tensor? mask, bool squared, bool exclude_diagonal, bool need_grad, str impl,"
     " int? workspace_bytes=None) -> (Tensor, Tensor)"
@@ -61,7 +61,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("interaction_from_qk", _from_qk, _device)
 
 
-@torch.library.register_fake("safr_fast::interaction")
+@library.register_fake("safr_fast::interaction")
 def _(
     attention: Tensor, mask: Tensor | None, squared: bool, exclude_diagonal: bool, need_grad: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _(
     return total, attention.new_empty(attention.shape if need_grad else 0)
 
 
-@torch.library.register_fake("safr_fast::interaction_from_qk")
+@library.register_fake("safr_fast::interaction_from_qk")
 def _(
     q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

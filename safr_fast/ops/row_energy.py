@@ -6,13 +6,13 @@ Layers: :func:`row_energy` (called by the public functions) → autograd → ``t
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
 from safr_fast.precision import matmul_precision
 
-_library = torch.library.Library("safr_fast", "FRAGMENT")
+_library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
     "row_energy(Tensor h, Tensor? mask, Tensor? cu_seqlens, bool save_moments, str impl) -> (Tensor, Tensor, Tensor)"
 )
@@ -49,7 +49,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("row_energy_backward", _backward, _device)
 
 
-@torch.library.register_fake("safr_fast::row_energy")
+@library.register_fake("safr_fast::row_energy")
 def _(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +66,7 @@ def fake_moments(h: Tensor, cu_seqlens: Tensor | None, saved: bool, impl: str) -
     return h.new_empty(slots, h.shape[-1], h.shape[-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("safr_fast::row_energy_backward")
+@library.register_fake("safr_fast::row_energy_backward")
 def _(h: Tensor, *_: Any) -> Tensor:
     return h.new_empty(h.shape)
 
