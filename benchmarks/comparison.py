@@ -128,8 +128,9 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
     measured, seconds = {}, {}
     once = 0.0
     for provider in providers:
-        error = provider.error()
-        provider.run()  # compiled, threads started
+        error = provider.error()  # compiled, threads started
+        if provider.results:
+            provider.run()
         start = time.perf_counter()
         measured[provider.name] = Measured(error, peak_beyond_now(provider.run))
         if error < WRONG:

@@ -19,3 +19,13 @@ def uninitialised_is_nan() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training reads few generated reviews, whatever data set is named."""
+    import ranks
+
+    from safr_fast.training import loop
+
+    monkeypatch.setattr(loop.data, "load", ranks.small_corpus)

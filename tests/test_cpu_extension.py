@@ -9,16 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import ISA_VARIABLE, backend_names, forced, matmul_precision, normal, offsets, relative_error
+from support import (
+    ISA_VARIABLE,
+    every_level,
+    forced,
+    matmul_precision,
+    needs_cpp,
+    normal,
+    offsets,
+    relative_error,
+)
 from torch import Tensor
 
 import safr_fast as sf
 from safr_fast import reference
 from safr_fast.ops import dispatch
 
-LEVELS = [name for name in backend_names() if name.startswith("cpp:")]
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the C++ extension is not built")
-every_level = pytest.mark.parametrize("level", LEVELS)
+pytestmark = needs_cpp
 
 
 def importance(h: Tensor, cu_seqlens: Tensor | None = None) -> list[Tensor]:

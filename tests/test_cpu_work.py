@@ -1,23 +1,16 @@
 """What the C++ back end computes, packs and holds, counted rather than timed, beside the chosen algorithm's floor."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
-from support import backend_names, forced, normal
+from support import every_level, forced, needs_cpp, normal, peak_mib
 from torch import Tensor
 
 import safr_fast as sf
 
-LEVELS = [name for name in backend_names() if name.startswith("cpp")]
+pytestmark = needs_cpp
 E, D, HEADS = 256, 64, 2
-MIB = 2**20
-
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the C++ extension is not built")
-every_level = pytest.mark.parametrize("level", LEVELS)
 
 
 def work(call: Callable[[], object]) -> tuple[int, int]:
@@ -103,46 +96,14 @@ def test_a_forward_pass_packs_tokens_twice_at_most(level: str) -> None:
     assert packed <= 1.1 * parts * h.nbytes
 
 
-PROBE = """
-import json, torch, safr_fast as sf
-from pathlib import Path
-
-torch.set_num_threads(2)
-
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(field))
-
-def step(T):
-    leaves = {leaves}
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = status("VmRSS")
-    with torch.set_grad_enabled({gradient}):
-        value = {value}
-        if {gradient}:
-            torch.autograd.grad(value, leaves)
-    return status("VmHWM") - before
-
-step(256)  # libraries loaded, threads started
-print(json.dumps(step(8192)))
-"""
-
-
-def peak(leaves: str, value: str, gradient: bool) -> int:
-    """Bytes that a call on 8,192 tokens takes beyond its inputs."""
-    code = PROBE.format(leaves=leaves, value=value, gradient=gradient)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
-
-
 @pytest.mark.parametrize("layout", ["", ", torch.ones(1, T, dtype=torch.bool)"], ids=["plain", "masked"])
 def test_row_energy_of_8192_tokens_holds_nothing_of_their_square(layout: str) -> None:
     leaves = f"[torch.randn(1, T, {E}).requires_grad_()]"
-    taken = peak(leaves, f"sum(x.sum() for x in sf.row_energy(*leaves{layout}))", gradient=True)
-    assert taken <= 8192 * E * 4 + 16 * MIB  # its gradient; the square would be 256 MiB
+    peak = peak_mib(leaves, f"sum(x.sum() for x in sf.row_energy(*leaves{layout}))", 8192)
+    assert peak <= 8192 * E * 4 / 2**20 + 16  # its gradient; the square would be 256
 
 
 def test_interaction_of_8192_tokens_holds_one_head_a_thread() -> None:
     leaves = "[torch.randn(1, 8, T, 16).requires_grad_() for _ in range(2)]"
-    taken = peak(leaves, "sf.interaction_loss_from_qk(*leaves, is_causal=True)", gradient=False)
-    assert taken <= 2 * 6 * 8192**2  # all 8 heads would be 2,048 MiB
+    peak = peak_mib(leaves, "sf.interaction_loss_from_qk(*leaves, is_causal=True)", 8192, gradient=False)
+    assert peak <= 2 * 6 * 8192**2 / 2**20  # all 8 heads would be 2,048

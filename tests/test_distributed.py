@@ -18,12 +18,10 @@ import safr_fast as sf
 from safr_fast.training import RunError, loop
 from safr_fast.training.run import RunFolder
 
-pytestmark = pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_available(), reason="needs gloo")
-
-
-@pytest.fixture(autouse=True)
-def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.data, "load", ranks.small_corpus)
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_available(), reason="needs gloo"),
+    pytest.mark.usefixtures("small_corpus"),
+]
 
 
 def numbers(value: Any) -> list[float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from evaluation_support import predict
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from safr_fast.evaluation import EvaluationConfig, Predictor, Words, evaluate_ru
 from safr_fast.evaluation.deletion import random_scores
 from safr_fast.evaluation.encoding import Encoded
 from safr_fast.evaluation.places import PLACES, exact_capacity, hidden_states
+from safr_fast.evaluation.rankers import GRADIENT_RANKERS
 from safr_fast.evaluation.run import average_capacity, evaluate_scores
 from safr_fast.evaluation.statistics import bootstrap, paired_test, t_interval
 from safr_fast.evaluation.table import table
@@ -297,6 +299,27 @@ def separation(corpus: Corpus, out: Path, name: str) -> float:
         for value, role in zip(row.tolist(), planted.roles, strict=True):
             by_role[role != "filler"].append(value)
     return above(torch.tensor(by_role[True]), torch.tensor(by_role[False]))
+
+
+@pytest.mark.usefixtures("small_corpus")
+def test_a_run_is_evaluated_on_the_data_and_by_the_rankers_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks.train(tmp_path / "run", epochs=1)
+    folders = []
+    read = loop.data.load
+
+    def load(dataset: str, data_dir: Path | None, **options: Any) -> Corpus:
+        folders.append(data_dir)
+        return read(dataset, data_dir, **options)
+
+    monkeypatch.setattr(loop.data, "load", load)
+    config = EvaluationConfig(k=(30,), normalised=0, texts=4, gradients=True)
+    result = evaluate_run(tmp_path / "run", config, data_dir="moved", file="other.json")
+    assert folders == [Path("moved")]
+    assert result["texts"] == 4
+    assert set(GRADIENT_RANKERS) < set(result["rankers"])
+    assert json.loads((tmp_path / "run" / "other.json").read_text()) == json.loads(json.dumps(result))
 
 
 def test_capacity_where_the_importance_term_acts_finds_the_planted_words(

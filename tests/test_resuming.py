@@ -22,10 +22,7 @@ from safr_fast.training import RunError, TrainConfig, load_run, loop, train
 from safr_fast.training.lock import locked
 from safr_fast.training.run import RunFolder
 
-
-@pytest.fixture(autouse=True)
-def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.data, "load", ranks.small_corpus)
+pytestmark = pytest.mark.usefixtures("small_corpus")
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 3, 1_000])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from ranks import SIZES, TINY
 from ranks import train as run
@@ -40,10 +39,7 @@ from safr_fast.training.plan import Step, share, steps
 from safr_fast.training.protocol import MASKED
 from safr_fast.training.run import RunFolder, write_atomically, write_json
 
-
-@pytest.fixture(autouse=True)
-def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.data, "load", ranks.small_corpus)
+pytestmark = pytest.mark.usefixtures("small_corpus")
 
 
 def test_metrics_hold_every_term_weighted_and_not(tmp_path: Path) -> None:
@@ -215,6 +211,42 @@ def test_bfloat16_trains_by_nearly_the_same_terms(tmp_path: Path, protocol: dict
         for name in ("cross_entropy", "importance", "interaction"):
             assert ours["train"][name] == pytest.approx(expected["train"][name], rel=0.05)
             assert ours["train"][name] != expected["train"][name]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_evaluation_has_the_precision_and_the_back_end_of_its_run(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def forward(model: Any, loss: sf.SAFRLoss, *arguments: Any) -> Any:
+        output, parts = original(model, loss, *arguments)
+        seen.append((output.logits.dtype, loss.impl))
+        return output, parts
+
+    original = measure.forward
+    monkeypatch.setattr(measure, "forward", forward)
+    corpus = synthetic(0, SIZES)
+    vocabulary = Vocabulary.of(corpus.test.texts)
+    config = TrainConfig(model=TINY, bf16=bf16, impl="reference")
+    evaluate(build_model(len(vocabulary), TINY), EncodedSplit.of(corpus.test, vocabulary), config)
+    assert set(seen) == {(torch.bfloat16 if bf16 else torch.float32, "reference")}
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"dataset": "sst2", "all_rows": True}, {"seed": 0, "all_rows": True, "imdb_dev": "drawn"}),
+        ({"dataset": "imdb", "data_seed": 7}, {"seed": 7, "all_rows": False, "imdb_dev": "drawn"}),
+        ({"dataset": "imdb", "protocol": "released"}, {"seed": 0, "all_rows": False, "imdb_dev": "last"}),
+    ],
+    ids=str,
+)
+def test_a_run_reads_the_data_it_was_asked_for(
+    options: dict[str, Any], asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(loop.data, "load", lambda *places, **options: calls.append((places, options)))
+    loop.load_corpus(TrainConfig(data_dir=Path("texts"), **options))
+    assert calls == [((options["dataset"], Path("texts")), asked)]
 
 
 @BOTH

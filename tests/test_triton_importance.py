@@ -5,18 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import DEVICE, assert_close_to_float64, lengths_mask, normal, offsets, relative_error
+from support import DEVICE, assert_close_to_float64, lengths_mask, needs_triton, normal, offsets, relative_error
 from torch import Tensor
 
 import safr_fast as sf
 
-pytestmark = [
-    pytest.mark.skipif(
-        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-        reason="neither a GPU nor Triton's interpreter is at hand",
-    ),
-    pytest.mark.usefixtures("uninitialised_is_nan"),
-]
+pytestmark = [needs_triton, pytest.mark.usefixtures("uninitialised_is_nan")]
 # Tokens of the longest sequence: the Gram matrix within a tile and beyond, and the feature moment.
 TOKENS = {"a block": 40, "tiles": 150, "feature": 270}
 FEATURE_OF_16_BITS = 530

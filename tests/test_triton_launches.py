@@ -5,20 +5,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support import DEVICE, lengths_mask, normal, offsets
+from support import lengths_mask, needs_interpreter, normal, offsets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import safr_fast as sf
 
-pytestmark = [
-    pytest.mark.skipif(
-        DEVICE != "cpu"
-        or not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-        reason="Triton's interpreter is not at hand",
-    ),
-    pytest.mark.usefixtures("uninitialised_is_nan"),
-]
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("uninitialised_is_nan")]
 # What PyTorch does on the host alone.
 FREE = {"empty", "new_empty", "empty_like", "view", "_unsafe_view", "reshape", "detach", "expand", "alias", "transpose",
         "slice", "select", "unsqueeze", "squeeze", "as_strided", "t", "unbind", "split", "empty_strided"}  # fmt: skip

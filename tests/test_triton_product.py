@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from support import DEVICE, normal, relative_error
-
-import safr_fast as sf
+from support import DEVICE, needs_triton, normal, relative_error
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 tiles = pytest.importorskip("safr_fast.kernels.tiles")
 
-pytestmark = [
-    pytest.mark.skipif(
-        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-        reason="neither a GPU nor Triton's interpreter is at hand",
-    ),
-    pytest.mark.usefixtures("uninitialised_is_nan"),
-]
+pytestmark = [needs_triton, pytest.mark.usefixtures("uninitialised_is_nan")]
 
 
 @triton.jit

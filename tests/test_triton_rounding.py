@@ -6,18 +6,10 @@ kernels round, which the interpreter vouches for.
 
 import pytest
 import torch
-from support import DEVICE, normal, plain_interaction_total_from_qk, relative_error
+from support import DEVICE, needs_triton, normal, plain_interaction_total_from_qk, relative_error
 from torch import Tensor
 
-import safr_fast as sf
-
-pytestmark = [
-    pytest.mark.skipif(
-        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-        reason="neither a GPU nor Triton's interpreter is at hand",
-    ),
-    pytest.mark.usefixtures("uninitialised_is_nan"),
-]
+pytestmark = [needs_triton, pytest.mark.usefixtures("uninitialised_is_nan")]
 WIDTH, TILE = 64, 64
 SHARPNESS = {"flat": 1.0, "medium": 4.0, "peaky": 16.0}
 # Largest error of a gradient to the one digit that counts; ten times that is what plain autograd in float32 leaves at

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from support import (
-    DEVICE,
     assert_close_to_float64,
     lengths_mask,
+    needs_interpreter,
     normal,
     offsets,
     plain_interaction_total,
@@ -18,14 +18,7 @@ from torch import Tensor
 
 import safr_fast as sf
 
-pytestmark = [
-    pytest.mark.skipif(
-        DEVICE != "cpu"
-        or not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-        reason="Triton's interpreter is not at hand",
-    ),
-    pytest.mark.usefixtures("uninitialised_is_nan"),
-]
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("uninitialised_is_nan")]
 FORM = {"squared": True, "exclude_diagonal": False}
 
 

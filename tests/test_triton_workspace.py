@@ -4,18 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import DEVICE, normal, offsets
+from support import DEVICE, needs_triton, normal, offsets
 from torch import Tensor
 
 import safr_fast as sf
 
-pytestmark = [
-    pytest.mark.skipif(
-        not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-        reason="neither a GPU nor Triton's interpreter is at hand",
-    ),
-    pytest.mark.usefixtures("uninitialised_is_nan"),
-]
+pytestmark = [needs_triton, pytest.mark.usefixtures("uninitialised_is_nan")]
 
 
 def interact(

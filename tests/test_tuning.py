@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DEVICE, lengths_mask, normal
+from support import lengths_mask, needs_interpreter, normal
 from torch import Tensor
 
-import safr_fast as sf
-
-pytestmark = pytest.mark.skipif(
-    DEVICE != "cpu" or not any(backend.name == "triton" and backend.available for backend in sf.available_backends()),
-    reason="Triton's interpreter is not at hand",
-)
+pytestmark = needs_interpreter
 if sys.platform == "linux":
     from safr_fast.kernels import configs, launch, tuning
     from safr_fast.kernels.configs import Config
