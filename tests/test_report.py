@@ -109,6 +109,17 @@ def test_a_page_shows_every_part(reports: dict[str, Report]) -> None:
     assert "This run has not been evaluated" in " ".join(read(reports["baseline"].page).text)
 
 
+@pytest.mark.parametrize(
+    ("name", "ranked"), [("vmask", "VMASK probability"), ("baseline", "capacity at the embedding")]
+)
+def test_importance_is_called_what_it_is(reports: dict[str, Report], name: str, ranked: str) -> None:
+    text = " ".join(read(reports[name].page).text)
+    assert f"Each word on its {ranked}:" in text
+    assert f"Colour: importance, by {ranked}." in text
+    graph = (reports[name].figures / "text1-allocation-ffn1-before-relu.svg").read_text(encoding="utf-8")
+    assert ranked in graph
+
+
 def test_numbers_on_a_page_are_said_to_be_what_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "vmask"
     shutil.copytree(runs["vmask"], run)
@@ -273,7 +284,9 @@ def test_words_of_the_vocabulary_are_ranked_by_capacity_among_all(runs: dict[str
 def test_edges_show_the_sign_and_near_words_are_the_strong_pairs() -> None:
     """Two pairs, one aligned and one opposed, at right angles to each other."""
     h = np.array([[3.0, 0.1], [3.0, -0.1], [0.1, 3.0], [-0.1, -3.0]])
-    figure = figures.allocation(["a", "b", "c", "d"], h @ h.T, np.full(4, 0.5), np.linspace(0, 1, 4))
+    figure = figures.allocation(
+        ["a", "b", "c", "d"], h @ h.T, np.full(4, 0.5), np.linspace(0, 1, 4), "VMASK probability"
+    )
     edges, dots = figure.axes[0].collections
     xy = np.asarray(dots.get_offsets())
     colors = {}
@@ -281,6 +294,7 @@ def test_edges_show_the_sign_and_near_words_are_the_strong_pairs() -> None:
         i, j = (int(np.abs(xy - end).sum(1).argmin()) for end in line)
         colors[min(i, j), max(i, j)] = "red" if color[0] > color[2] else "blue"
     assert (colors[0, 1], colors[2, 3]) == ("red", "blue")
+    assert figure.axes[1].get_ylabel() == "VMASK probability"
 
     def distance(i: int, j: int) -> float:
         return float(np.linalg.norm(xy[i] - xy[j]))
@@ -294,5 +308,5 @@ def test_edges_show_the_sign_and_near_words_are_the_strong_pairs() -> None:
 def test_graphs_and_matrices_of_few_words_are_drawn(words: list[str]) -> None:
     n = len(words)
     zero: Any = np.zeros((n, n))
-    figures.svg(figures.allocation(words, zero, np.zeros(n), np.zeros(n)))
+    figures.svg(figures.allocation(words, zero, np.zeros(n), np.zeros(n), "VMASK probability"))
     figures.svg(figures.interference(words, zero, np.zeros(n)))

@@ -43,7 +43,8 @@ class Text:
     words: tuple[Word, ...]
     places: tuple[str, ...]
     positive: float
-    gated: bool
+    ranked: str
+    """What tells its words' importance."""
     largest: tuple[float, ...]
     """Capacity by place, of the word that has most."""
     distinct: int
@@ -64,6 +65,7 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
     by_place = {place: exact_capacity(h, batch.mask)[0, :length] for place, h in states.items()}
     gate = None if output.gate is None else output.gate[0, :length].double()
     importance = by_place["embedding"] if gate is None else gate
+    ranked = "capacity at the embedding" if gate is None else "VMASK probability"
     words = [_UNDRAWABLE.sub("\ufffd", word) for word in text.split()]
     chosen = _distinct(words, importance.argsort(descending=True, stable=True).tolist())
     columns = torch.stack(list(by_place.values()), 1).tolist() if length else []
@@ -79,14 +81,14 @@ def of_text(model: TransformerClassifier, predictor: Predictor, text: str) -> Te
     graphs, matrices = {}, {}
     for place, h in states.items():
         real = h[0, :length].double()
-        graphs[title(place)] = _graph(words, real, by_place[place], importance, sorted(chosen[:_GRAPH]))
+        graphs[title(place)] = _graph(words, real, by_place[place], importance, ranked, sorted(chosen[:_GRAPH]))
         matrices[title(place)] = _matrix(words, real, sorted(chosen[:_MATRIX]))
     shown = min(length, 60)
     return Text(
         words=rows,
         places=tuple(map(title, states)),
         positive=float(output.logits.double().softmax(1)[0, 1]),
-        gated=gate is not None,
+        ranked=ranked,
         largest=tuple(max(column) for column in zip(*columns, strict=True)),
         distinct=len(chosen),
         outside=len(words) - length,
@@ -104,11 +106,9 @@ def _distinct(words: Sequence[str], order: list[int]) -> list[int]:
     return list(found.values())
 
 
-def _graph(words: Sequence[str], h: Tensor, own: Tensor, importance: Tensor, chosen: list[int]) -> Figure:
-    part = h[chosen]
-    return figures.allocation(
-        [words[i] for i in chosen], (part @ part.T).numpy(), own[chosen].numpy(), importance[chosen].numpy()
-    )
+def _graph(words: Sequence[str], h: Tensor, own: Tensor, importance: Tensor, ranked: str, chosen: list[int]) -> Figure:
+    gram = (h[chosen] @ h[chosen].T).numpy()
+    return figures.allocation([words[i] for i in chosen], gram, own[chosen].numpy(), importance[chosen].numpy(), ranked)
 
 
 def _matrix(words: Sequence[str], h: Tensor, chosen: list[int]) -> Figure:

@@ -99,8 +99,11 @@ def capacities(words: Sequence[str], values: Mapping[str, np.ndarray]) -> Figure
         return figure
 
 
-def allocation(words: Sequence[str], gram: np.ndarray, capacity: np.ndarray, importance: np.ndarray) -> Figure:
-    """Words as circles, their area the capacity and their colour the importance; edges by sign of ``h_i · h_j``.
+def allocation(
+    words: Sequence[str], gram: np.ndarray, capacity: np.ndarray, importance: np.ndarray, ranked: str
+) -> Figure:
+    """Words as circles, their area the capacity and their colour the importance, which ``ranked`` names; edges by sign
+    of ``h_i · h_j``.
 
     Of each word only the strongest edges are drawn; distances in the drawing follow the strength of every pair.
     """
@@ -140,7 +143,7 @@ def allocation(words: Sequence[str], gram: np.ndarray, capacity: np.ndarray, imp
             axes.annotate(word, (x, y), ha="center", va="center", fontsize=8, zorder=3)
         axes.margins(0.12)
         axes.set_axis_off()
-        figure.colorbar(dots, label="importance", shrink=0.6)
+        figure.colorbar(dots, label=ranked, shrink=0.6)
         return figure
 
 

@@ -78,7 +78,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
                 "words": text.words,
                 "places": text.places,
                 "positive": text.positive,
-                "gated": text.gated,
+                "ranked": text.ranked,
                 "largest": text.largest,
                 "outside": text.outside,
                 "unknown": sum(word.unknown for word in text.words),
