@@ -1,6 +1,6 @@
 """What the forward kernels of primitive 1 are given to finish the importance loss, and where tickets come from."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -69,13 +69,11 @@ def _made_elsewhere(device: torch.device) -> Tensor:
     ``torch.compile`` in mode "reduce-overhead" has this thread allocate from the pool of a graph while it warms up, and
     takes what stays allocated there for a leak.
     """
-    stream, made = torch.cuda.current_stream(device), []
+    stream = torch.cuda.current_stream(device)
 
-    def make() -> None:
+    def make() -> Tensor:
         with torch.cuda.stream(stream):
-            made.append(torch.zeros(1, dtype=torch.int32, device=device))
+            return torch.zeros(1, dtype=torch.int32, device=device)
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()

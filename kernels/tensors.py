@@ -8,6 +8,7 @@ from .configs import ALIGNED
 from .tiles import span_kernel
 
 TALLEST_TILE = 128
+WORD = 16  # bytes that a GPU loads at once, from where they are aligned
 
 
 def readable(x: Tensor, tokens: int = -2) -> Tensor:
@@ -17,8 +18,8 @@ def readable(x: Tensor, tokens: int = -2) -> Tensor:
     would gain nothing from where they begin.
     """
     dense = x.stride(-1) == 1 and x.stride(tokens) * TALLEST_TILE < 2**31
-    starts = (x.storage_offset(), *x.stride()[:-1])
-    if dense and (x.shape[-1] % ALIGNED != 0 or all(start % ALIGNED == 0 for start in starts)):
+    begins = x.data_ptr() % WORD == 0 and all(stride % ALIGNED == 0 for stride in x.stride()[:-1])
+    if dense and (x.shape[-1] % ALIGNED != 0 or begins):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -14,10 +14,12 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +33,9 @@ from safr_fast.precision import matmul_precision
 from . import availability, configs
 from .configs import Config
 from .timing import Timer
+
+if sys.platform != "win32":
+    import fcntl
 
 FORMAT = 1
 SECONDS_A_TRIAL = 0.1
@@ -52,6 +57,8 @@ WIDEST = 1 << 30
 ACCUMULATORS = 64  # float32 that a thread may hold of one tile of a product; with more kernels spill nearly everywhere
 # Relative difference, in the Euclidean norm, beyond which results are not the same but for rounding.
 ROUNDING_16, ROUNDING_32 = 1e-2, 1e-4
+# Calls with results that are not finite after which a kind is given up: to look waits for the device.
+MOST_NOT_FINITE = 10
 
 Launch = Callable[[], tuple[Tensor, ...]]
 
@@ -97,25 +104,49 @@ def _digest_of_kernels() -> str:
 
 
 class Cache:
-    """Chosen configurations by the name of what they are for, in one JSON file."""
+    """Chosen configurations by the name of what they are for, in one JSON file that several processes may share.
+
+    ``chosen`` is replaced, never changed, so that threads may look into it.
+    """
 
     def __init__(self, folder: Path, device: Device) -> None:
         self.path, self.identity = folder / device.file_name, device.identity
-        self.chosen = self._read()
+        self.useless: set[str] = set()
+        self.chosen: dict[str, Config] = {}
+        self.read()
 
-    def add(self, name: str, config: Config) -> None:
-        """Keeps it, along with what other processes have written meanwhile. The file is replaced whole."""
-        self.chosen = self._read() | self.chosen | {name: config}
-        content = {"format": FORMAT, **self.identity, "chosen": {key: asdict(c) for key, c in self.chosen.items()}}
+    def read(self) -> None:
+        """Takes in what other processes have written meanwhile, but for names that are ``useless``."""
+        self.chosen = self.chosen | {name: c for name, c in self._read().items() if name not in self.useless}
+
+    def drop(self, name: str) -> None:
+        """What the file has of that name is not to be used, and may be written over."""
+        self.useless.add(name)
+        self.chosen = {key: config for key, config in self.chosen.items() if key != name}
+
+    def add(self, name: str, config: Config) -> Config:
+        """Keeps it, unless another process has kept one of that name by now; gives what is kept, the same for all."""
+        kept = config
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.stem, suffix=".tmp")
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, sort_keys=True)
-            os.replace(temporary, self.path)
+            with _alone_in(self.path.parent):
+                self.read()
+                kept = self.chosen.get(name, config)
+                self._write(self.chosen | {name: kept})
         except OSError as error:
             warnings.warn(f"{self.path} cannot be written ({error}): configurations are kept for this process alone",
                           stacklevel=2)  # fmt: skip
+        self.chosen = self.chosen | {name: kept}
+        self.useless.discard(name)
+        return kept
+
+    def _write(self, chosen: dict[str, Config]) -> None:
+        """The file is replaced whole."""
+        content = {"format": FORMAT, **self.identity, "chosen": {key: asdict(c) for key, c in chosen.items()}}
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.stem, suffix=".tmp")
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+        os.replace(temporary, self.path)
 
     def _read(self) -> dict[str, Config]:
         try:
@@ -128,6 +159,21 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(f"{self.path} is ignored, and written anew ({type(error).__name__}: {error})", stacklevel=2)
             return {}
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for other processes to leave it, but where its file system has no locks."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def folder() -> Path:
@@ -173,6 +219,7 @@ class Tuner:
         self.deadline = math.inf
         self.lock = threading.Lock()
         self.tried: set[str] = set()
+        self.not_finite: Counter[str] = Counter()
         self.served: dict[str, Config] = {}
 
     def run(self, launch: Launch, x: Tensor, tokens: int, unwritten: int = 0) -> tuple[Tensor, ...]:
@@ -187,8 +234,10 @@ class Tuner:
         if not missing or _capturing(x):
             return results
         with self.lock:
+            if missing.keys() - self.tried:
+                self.cache.read()
             for name, entry in missing.items():
-                if name not in self.tried:
+                if name not in self.tried and self._cached(name, entry) is None:
                     self._try(name, entry, launch, kind, results[: len(results) - unwritten])
         return self._launched(launch, kind) if self.served.keys() & missing.keys() else results
 
@@ -210,20 +259,23 @@ class Tuner:
 
     def _cached(self, name: str, entry: "Entry") -> Config | None:
         """What the file has, if it is one that would be tried: other tiles might reach beyond what kernels lay out."""
-        kept = self.cache.chosen.pop(name, None)
+        kept = self.cache.chosen.get(name)
         if kept is None:
             return None
-        for config in neighbours(entry.kernel, entry.bits, entry.found, self.device):
-            if config == kept:
-                self.cache.chosen[name] = self.served[name] = config
-                return config
+        if kept in neighbours(entry.kernel, entry.bits, entry.found, self.device):
+            self.served[name] = kept
+            return kept
+        self.cache.drop(name)
         warnings.warn(f"{self.cache.path}: what it has for {name!r} is ignored: none that would be tried", stacklevel=2)
         return None
 
     def _try(self, name: str, entry: "Entry", launch: Launch, kind: "Kind", expected: tuple[Tensor, ...]) -> None:
         """Chooses one configuration, the others as they are chosen so far."""
         if not all(result.isfinite().all() for result in expected):
-            return  # nothing to hold results against: another call may do
+            self.not_finite[name] += 1  # nothing to hold results against: another call may do
+            if self.not_finite[name] == MOST_NOT_FINITE:
+                self.tried.add(name)
+            return
         best, least = entry.found, math.inf
         for config in neighbours(entry.kernel, entry.bits, entry.found, self.device):
             if time.perf_counter() > self.deadline:
@@ -243,8 +295,7 @@ class Tuner:
                 self.report(trial)
         self.tried.add(name)
         if least < math.inf:
-            self.served[name] = best
-            self.cache.add(name, best)
+            self.served[name] = self.cache.add(name, best)
 
 
 @dataclass(frozen=True)

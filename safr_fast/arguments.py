@@ -54,7 +54,9 @@ def check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor of shape {tuple(shape)}, got {describe(mask)}")
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool (true where a token is real), got {describe(mask)}: pass mask.bool()")
+        remedy = "mask == 0 if it is added to scores, mask != 0 if it is 1 for real tokens"
+        remedy = remedy if mask.is_floating_point() else "mask.bool()"
+        raise TypeError(f"mask must be bool (true where a token is real), got {describe(mask)}: pass {remedy}")
     if mask.shape != shape:
         raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.device != like.device:

@@ -45,6 +45,9 @@ class SAFRLoss(nn.Module):
     The λ that the SAFR paper reports belong to the released code, whose terms are means. The paper's own formulas sum
     over samples as well, which with a batch of B is another factor of B.
 
+    **Accumulated gradients.** Means over samples are the same of one batch and of equal parts of it averaged. The
+    released importance is not, where parts have different numbers of real tokens: weigh each part's by them.
+
     Under FSDP, pass what the model's ``forward`` returned: a tensor stashed on a module misses FSDP's hooks.
 
     Args:

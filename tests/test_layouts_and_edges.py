@@ -321,7 +321,8 @@ WRONG = {
     ),
     "integers": (lambda: sf.row_energy(H.long()), TypeError, "h must be float32, .* got int64"),
     "a vector": (lambda: sf.row_energy(H[0, 0]), ValueError, r"h must have shape \(..., T, E\), got \(4,\)"),
-    "float mask": (lambda: sf.capacity(H, H[..., 0]), TypeError, r"mask must be bool .* pass mask.bool\(\)"),
+    "int mask": (lambda: sf.capacity(H, H[..., 0].long()), TypeError, r"mask must be bool .* pass mask.bool\(\)"),
+    "float mask": (lambda: sf.capacity(H, H[..., 0]), TypeError, r"mask must be bool .* pass mask == 0 if it is added"),
     "mask shape": (lambda: sf.capacity(H, H[:, :3, 0] == 0), ValueError, r"shape \(2, 5\), got \(2, 3\)"),
     "int64 offsets": (
         lambda: sf.capacity(H[0], cu_seqlens=torch.tensor([0, 5])),

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -214,6 +215,10 @@ def test_results_that_are_not_finite_choose_nothing(tmp_path: Path) -> None:
         chosen.run(pretend(result=not_a_number), X, 70)
     assert chosen.timer.timed == 0
     assert len(launched) == 3  # nor is anything launched twice
+    assert not chosen.tried
+    for _ in range(tuning.MOST_NOT_FINITE):
+        chosen.run(pretend(result=not_a_number), X, 70)
+    assert len(chosen.tried) == 2  # given up: nothing waits for the device any more
     assert not list(tmp_path.iterdir())
 
 
@@ -304,6 +309,42 @@ def test_what_others_wrote_meanwhile_is_kept_and_files_are_whole(tmp_path: Path)
     other.cache.add("b", Config(32, 32, 32))
     assert set(tuner(tmp_path).cache.chosen) == {"a", "b"}
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_the_first_choice_of_a_name_serves_every_process(tmp_path: Path) -> None:
+    one, other, slow = tuner(tmp_path), tuner(tmp_path), tuner(tmp_path, most_stages)
+    first, second = Config(64, 64, 64), Config(32, 32, 32)
+    assert one.cache.add("a", first) == first
+    assert other.cache.add("a", second) == first  # chosen meanwhile: not written over
+    other.cache.add("b", second)
+    one.cache.add("c", first)
+    assert tuner(tmp_path).cache.chosen == {"a": first, "b": second, "c": first}
+
+    other.run(pretend(), X, 70)
+    slow.run(pretend(), X, 70)  # began before there was a file
+    assert slow.timer.timed == 0
+    assert slow.served == other.served
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:  # a lock of its own for each descriptor, as processes have
+        caches = [tuner(tmp_path).cache for _ in range(4)]
+        list(pool.map(lambda i: caches[i % 4].add(str(i), Config(64, 64, 64)), range(40)))
+    assert len(tuner(tmp_path).cache.chosen) == 40
+
+
+def test_threads_share_a_tuner(tmp_path: Path) -> None:
+    class Stopwatch:
+        def milliseconds(self, step: Callable[[], object]) -> float:
+            step()
+            return 1.0
+
+    trials: list[dict] = []
+    chosen = tuning.Tuner(GPU, tmp_path, Stopwatch(), trials.append)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: chosen.run(pretend(), X, 70 << i % 4), range(40)))
+    assert len(chosen.served) == 8  # two kernels, four lengths
+    assert len({(trial["name"], trial["config"]) for trial in trials}) == len(trials)  # nothing is tried twice
 
 
 def test_a_folder_that_cannot_be_written_costs_the_file_alone(tmp_path: Path) -> None:

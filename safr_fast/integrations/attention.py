@@ -29,6 +29,7 @@ def record_qk() -> Iterator[list[Pair]]:
     * padding and causality: tell the loss by ``mask`` and ``is_causal``;
     * biases by position (T5, ALiBi) and windows (Mistral, ModernBERT): the loss is then that of other weights than the
       model's;
+    * layers that are checkpointed in a compiled model: they are missing from the list. Compile or checkpoint;
     * whether queries and keys are of one text: attention between different lengths is left out, between two of one
       length, as an encoder's and a decoder's may be, it is recorded as any other. Take it out of the list.
 
@@ -60,8 +61,8 @@ def record_qk() -> Iterator[list[Pair]]:
         raise ValueError(f"no self-attention was seen, but {recorder.left_out} calls between sequences of two lengths")
     raise ValueError(
         "no self-attention was seen: record_qk knows F.scaled_dot_product_attention and nn.MultiheadAttention, in the "
-        'thread of the block; load a transformers model with attn_implementation="sdpa", or pass SAFRLoss queries and '
-        "keys yourself"
+        "thread of the block and not where a compiled model is checkpointed; load a transformers model with "
+        'attn_implementation="sdpa", or pass SAFRLoss queries and keys yourself'
     )
 
 
