@@ -9,11 +9,13 @@ namespace safr {
 namespace {
 
 constexpr int64_t kWide = 1024;
+constexpr int64_t kPart = 1024;            // tokens that are worth a sum of their own
+constexpr int64_t kMostOfParts = 1 << 19;  // floats of all such sums
 constexpr double kMostFlagged = 0.25;  // beyond, the token path is as fast
 constexpr double kOfAxes = 0.08;       // at 0.04 gradients of 256 features were up to 2.5e-5 off, at 0.08 below 1e-5
 
-// S = Σ_i α_i h_i h_iᵀ (α = 1 where null): the upper triangle, by tiles. Rows are `stride` apart.
-void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
+// The tokens `all` of S = Σ_i α_i h_i h_iᵀ (α = 1 where null): the upper triangle, by tiles. Rows are `stride` apart.
+void moment_of(const Tokens& t, Range all, const float* alpha, float* s, int64_t stride) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
@@ -24,11 +26,11 @@ void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
   const int64_t affordable = budget / (t.width * std::max(p.left_bytes, p.right_bytes)) / p.depth * p.depth;
   const int64_t chunk = std::max<int64_t>(p.depth, affordable);
   const int64_t scaled_stride = round_up(t.width, 16);
-  float* scaled = alpha ? workspace.take<float>(std::min(chunk, t.count) * scaled_stride) : nullptr;
+  float* scaled = alpha ? workspace.take<float>(std::min(chunk, all.size()) * scaled_stride) : nullptr;
 
-  for (int64_t t0 = 0; t0 < t.count; t0 += chunk) {
+  for (int64_t t0 = all.begin; t0 < all.end; t0 += chunk) {
     const Workspace::Mark chunk_mark(workspace);
-    const Range ts = {t0, std::min(t0 + chunk, t.count)};
+    const Range ts = {t0, std::min(t0 + chunk, all.end)};
     View weighted = t.h;
     if (alpha) {
       t.crew.each(divide_up(ts.size(), 64), [&](int64_t index) {
@@ -55,9 +57,32 @@ void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
     });
     t.crew.each(strips, [&](int64_t index) {
       const Range cols = block(strips - 1 - index, strip, t.width);  // the longest first
-      multiply(left, {0, cols.end}, right, cols, {0, ts.size()}, s + cols.begin, stride, t0 > 0, 0);
+      multiply(left, {0, cols.end}, right, cols, {0, ts.size()}, s + cols.begin, stride, t0 > all.begin, 0);
     });
   }
+}
+
+// The same of all tokens. Those of a long sequence are summed in parts, by one thread each: operands that another one
+// has packed come slowly from its cache. Parts do not depend on the threads, so that results do not.
+void moment(const Tokens& t, const float* alpha, float* s, int64_t stride) {
+  const int64_t size = buffer_size(t.product, t.width, t.width);
+  const int64_t parts = std::min({t.count / kPart, kMostOfParts / size, int64_t(8)});
+  if (parts < 2) return moment_of(t, {0, t.count}, alpha, s, stride);
+  Workspace& workspace = Workspace::own();
+  const Workspace::Mark mark(workspace);
+  float* others = workspace.take<float>((parts - 1) * size);  // the first is summed in place
+  const Crew alone = t.crew.alone();
+  const Tokens own = {t.pass, t.product, alone, t.h, t.count, t.width};
+  t.crew.each(parts, [&](int64_t index) {
+    const Range all = block(index, divide_up(t.count, parts), t.count);
+    moment_of(own, all, alpha, index == 0 ? s : others + (index - 1) * size, stride);
+  });
+  t.crew.each(divide_up(t.width, 32), [&](int64_t index) {
+    const Range rows = block(index, 32, t.width);
+    for (int64_t r = rows.begin; r < rows.end; ++r)
+      for (int64_t part = 0; part < parts - 1; ++part)
+        for (int64_t c = r; c < t.width; ++c) s[r * stride + c] += others[part * size + r * stride + c];
+  });
 }
 
 // The whole of a symmetric matrix from its upper triangle.

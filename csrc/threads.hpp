@@ -103,6 +103,7 @@ class Crew {
 
   int threads() const { return threads_; }
   bool shared() const { return threads_ > 1; }
+  Crew alone() const { return Crew(kernels_, 1); }
 
   // As parallel_for. Alone, the tasks run in order within the region that the caller is in.
   template <typename Body>

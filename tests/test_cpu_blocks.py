@@ -80,3 +80,11 @@ def test_row_energy_by_a_moment_of_more_than_a_thousand_features(backend: str, m
     h = normal(1, 90, 1030, seed=1) + normal(1030, seed=2)
     with forced(backend) as impl:
         assert_close_to_float64(lambda h: sf.row_energy(h, impl=impl), plain_row_energy, h)
+
+
+@every_level
+@pytest.mark.parametrize("kept", [1.0, 0.98], ids=["whole", "with holes"])
+def test_row_energy_by_a_moment_summed_in_parts(backend: str, kept: float) -> None:
+    h, mask = normal(1, 3200, 20, seed=1), torch.rand(1, 3200, generator=torch.Generator().manual_seed(2)) < kept
+    with forced(backend) as impl:
+        assert_close_to_float64(lambda h: sf.row_energy(h, mask, impl=impl), lambda h: plain_row_energy(h, mask), h)

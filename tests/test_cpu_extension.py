@@ -112,6 +112,7 @@ THREAD_CASES: dict[str, Callable[[], list[Tensor]]] = {
     "one by tokens": lambda: importance(normal(1, 600, 350)),
     "one by tokens, nothing stored": lambda: importance(normal(1, 1100, 700)),
     "one by features": lambda: importance(normal(1, 1500, 80)),
+    "one by features, in parts": lambda: importance(normal(1, 3500, 80)),
     "many heads": lambda: interaction(normal(2, 3, 70, 16), normal(2, 3, 70, 16, seed=1)),
     "one head": lambda: interaction(normal(1, 1, 600, 16), normal(1, 1, 600, 16, seed=1), is_causal=True),
     "one head, packed on the way": lambda: interaction(normal(1, 1, 1500, 8), normal(1, 1, 1500, 8, seed=1)),
