@@ -29,6 +29,7 @@ def record_qk() -> Iterator[list[Pair]]:
     * padding and causality: tell the loss by ``mask`` and ``is_causal``;
     * biases by position (T5, ALiBi) and windows (Mistral, ModernBERT): the loss is then that of other weights than the
       model's;
+    * which dimension is the heads': queries ``(N, T, D)`` count as N samples of one head;
     * layers that are checkpointed in a compiled model: they are missing from the list. Compile or checkpoint;
     * whether queries and keys are of one text: attention between different lengths is left out, between two of one
       length, as an encoder's and a decoder's may be, it is recorded as any other. Take it out of the list.
