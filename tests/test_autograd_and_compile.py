@@ -18,7 +18,7 @@ from support import (
     skip_unless_served,
     value_and_gradients,
 )
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.exc import TorchDynamoException
 
 import safr_fast as sf
@@ -340,10 +340,10 @@ def test_opcheck_row_energy(backend: str, save_moments: bool, layout: str) -> No
         h, cu_seqlens = h.flatten(0, 1), offsets([40, 30], device)
     with forced(backend) as impl:
         ops = torch.ops.safr_fast
-        torch.library.opcheck(ops.row_energy.default, (h, mask, cu_seqlens, save_moments, impl))
+        library.opcheck(ops.row_energy.default, (h, mask, cu_seqlens, save_moments, impl))
         energy, squared_norm, moments = ops.row_energy(h, mask, cu_seqlens, True, impl)
         saved = (energy, squared_norm, moments, torch.ones_like(energy), torch.ones_like(energy))
-        torch.library.opcheck(ops.row_energy_backward.default, (h, mask, cu_seqlens, *saved, impl))
+        library.opcheck(ops.row_energy_backward.default, (h, mask, cu_seqlens, *saved, impl))
 
 
 @every_backend(fused=True)
@@ -353,12 +353,12 @@ def test_opcheck_interaction(backend: str, need_grad: bool) -> None:
     (a,), (q, k) = (CALLS[name].on(device) for name in ("interaction_loss", "interaction_loss_from_qk"))
     with forced(backend) as impl:
         ops = torch.ops.safr_fast
-        torch.library.opcheck(ops.interaction.default, (a, mask_like(a), True, False, need_grad, impl))
+        library.opcheck(ops.interaction.default, (a, mask_like(a), True, False, need_grad, impl))
         form = (0.25, False, True, False, need_grad, impl)
-        torch.library.opcheck(ops.interaction_from_qk.default, (q, k, mask_like(q), None, *form))
+        library.opcheck(ops.interaction_from_qk.default, (q, k, mask_like(q), None, *form))
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
         cu_seqlens = offsets([q.shape[2]] * q.shape[0], device)
-        torch.library.opcheck(ops.interaction_from_qk.default, (*tokens, None, cu_seqlens, *form, None, q.shape[2]))
+        library.opcheck(ops.interaction_from_qk.default, (*tokens, None, cu_seqlens, *form, None, q.shape[2]))
 
 
 @every_backend()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import DEVICE, assert_close_to_float64, lengths_mask, needs_triton, normal, offsets, relative_error
-from torch import Tensor
+from torch import Tensor, library
 
 import safr_fast as sf
 
@@ -199,10 +199,10 @@ def test_opcheck(save: bool, tokens: int, layout: str) -> None:
     ops = torch.ops.safr_fast
     # Not compared between runs: what is saved of rows of no sequence stays unwritten.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.importance.default, (h, *layout_of, 1e-5, 0.2, True, save, "triton"), test_utils=checks)
+    library.opcheck(ops.importance.default, (h, *layout_of, 1e-5, 0.2, True, save, "triton"), test_utils=checks)
     if save:
         _, factor, *sums = ops.importance(h, *layout_of, 1e-5, 0.2, True, True, "triton")
         one = torch.ones((), device=DEVICE)
-        torch.library.opcheck(
+        library.opcheck(
             ops.importance_backward.default, (h, *layout_of, *sums, factor, one, 1e-5, "triton"), test_utils=checks
         )
