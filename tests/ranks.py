@@ -25,9 +25,9 @@ def small_corpus(dataset: str, data_dir: Path | None, *, seed: int, all_rows: bo
 
 
 def train(out: Path, *, resume: bool = False, **options: Any) -> TrainResult:
-    """A run of seconds."""
+    """A run of seconds, on the CPU unless told otherwise."""
     defaults: dict[str, Any] = {"epochs": 4, "patience": 4, "learning_rate": 1e-3, "log_every": 2, "model": TINY}
-    config = TrainConfig(out=out, device="cpu", **(defaults | options))
+    config = TrainConfig(out=out, **({"device": "cpu"} | defaults | options))
     return loop.train(config, resume=resume, report=lambda line: None)
 
 
@@ -70,8 +70,9 @@ def sharded_step(variant: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     from torch.distributed.fsdp import fully_shard  # loads the compiler, which the other tests do without
 
     model, loss, texts = small_model(variant)
-    fully_shard(model.layers[0])
-    fully_shard(model)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))  # by itself it would take a GPU
+    fully_shard(model.layers[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
     parts = loss_of(model, loss, *texts[dist.get_rank()])
     parts.total.backward()
     gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}

@@ -87,16 +87,33 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began_with(tmp_path: Path, m
         on_ranks(2, ranks.train_together, tmp_path / "run", {"resume": True})
 
 
-def test_torchrun_trains_by_the_command(tmp_path: Path) -> None:
-    command = Path(sys.executable).with_name("safr-fast")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    sizes = "--model.dim 16 --model.heads 2 --model.feedforward 16 --model.mask-hidden 8 --epochs 1 --device cpu"
-    options = [*sizes.split(), "--batch-tokens", "2000", "--out", str(tmp_path / "run")]
+def by_torchrun(processes: int, device: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """A run of the command."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = ["--no-python", str(Path(sys.executable).with_name("safr-fast")), "train", "--device", device]
+    sizes = "--model.dim 16 --model.heads 2 --model.feedforward 16 --model.mask-hidden 8 --epochs 1"
+    options = [*sizes.split(), "--batch-tokens", "2000", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, str(command), "train", *options], env=environment, capture_output=True, text=True)
+    return subprocess.run([*torchrun, *command, *options], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
+)
+def test_torchrun_trains_by_the_command(tmp_path: Path, device: str) -> None:
+    done = by_torchrun(2, device, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for said in ("epoch   1 | ", "best epoch 1 of 1, restored", "peak memory: process "):
         assert done.stdout.count(said) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_more_processes_than_gpus_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    done = by_torchrun(torch.cuda.device_count() + 1, "auto", tmp_path / "run")
+    assert done.returncode != 0
+    assert f"safr-fast: error: {torch.cuda.device_count() + 1} processes on this machine would share" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])

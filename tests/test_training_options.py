@@ -12,7 +12,7 @@ from run_support import contents
 
 from safr_fast.errors import BackendUnavailable
 from safr_fast.reproduction.config import ReproductionConfig
-from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, loop, train
+from safr_fast.training import ModelConfig, OptionError, RunError, TrainConfig, loop, settings, train
 
 pytestmark = pytest.mark.usefixtures("small_corpus")
 
@@ -105,6 +105,19 @@ def test_devices_that_are_not_there_are_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(RunError, match=f"device '{device}' is not there: this PyTorch sees {seen}; use"):
+        train(TrainConfig(device=device, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 2), ("cuda", 2), ("cuda:1", 1)])
+def test_processes_that_would_share_a_gpu_are_told_how_many_there_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(settings, "by_nccl", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(RunError, match=f"3 processes on this machine would share {gpus} GPU.* start {gpus} by --nproc"):
         train(TrainConfig(device=device, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import distributed as dist
 
 Value = TypeVar("Value")
@@ -66,7 +67,9 @@ def processes() -> Iterator[Processes]:
     elif dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group()
+        # By itself PyTorch takes NCCL alone where it sees a GPU, and no objects or tensors of CPUs are exchanged then.
+        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
         try:
             yield Processes(dist.get_rank(), dist.get_world_size())
         finally:
@@ -78,3 +81,13 @@ def processes() -> Iterator[Processes]:
 def local_rank() -> int:
     """Which of its machine's processes this is, and so which of its GPUs is its own."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_count() -> int:
+    """Processes that ``torchrun`` started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def by_nccl() -> bool:
+    """Whether what is on GPUs goes by NCCL, which serves one process a GPU."""
+    return dist.is_available() and dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from safr_fast.integrations.distributed import local_rank
+from safr_fast.integrations.distributed import by_nccl, local_count, local_rank
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
 
@@ -21,6 +21,8 @@ _MMAP_THRESHOLD = -3
 def settings(config: TrainConfig) -> Iterator[torch.device]:
     """The run's device; its threads and random numbers, which are the caller's own again afterwards."""
     device = choose_device(config.device)
+    if device.type == "cuda" and by_nccl():
+        _check_shares(torch.cuda.device_count() if config.device in ("auto", "cuda") else 1)
     threads = torch.get_num_threads()
     try:
         if config.threads is not None:
@@ -46,6 +48,15 @@ def choose_device(name: str) -> torch.device:
         seen = ", ".join(f"cuda:{index}" for index in range(count)) or "no GPU"
         raise RunError(f"device {name!r} is not there: this PyTorch sees {seen}; use --device cpu or auto")
     return torch.device(name)
+
+
+def _check_shares(gpus: int) -> None:
+    """NCCL refuses a GPU of two processes too, but not in words that say what to do."""
+    if local_count() > gpus:
+        raise RunError(
+            f"{local_count()} processes on this machine would share {gpus} GPU{'s' * (gpus > 1)}, which NCCL does not "
+            f"do: start {gpus} by --nproc-per-node, or use --device cpu"
+        )
 
 
 def keep_memory() -> None:
