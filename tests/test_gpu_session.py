@@ -11,8 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 SESSION = Path(__file__).parents[1] / "benchmarks" / "gpu_session.py"
+without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
 
 
+@without_a_gpu
 def test_a_dry_run_tests_measures_sweeps_and_writes(tmp_path: Path) -> None:
     command = [sys.executable, str(SESSION), "--dry-run", "--minutes", "5", "--output", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -36,7 +38,7 @@ def test_a_dry_run_tests_measures_sweeps_and_writes(tmp_path: Path) -> None:
     assert result.with_suffix(".md").read_text() in run.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+@without_a_gpu
 def test_without_a_gpu_it_says_what_to_do() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, str(SESSION)], capture_output=True, text=True, env=environment)

@@ -404,11 +404,12 @@ def test_wrong_arguments_say_what_came_and_what_is_allowed(case: str) -> None:
 @every_backend()
 @pytest.mark.parametrize("values", [[1, 5], [0, 4, 2], [0, 6], [0, -1, 5]], ids=str)
 def test_offsets_out_of_range(backend: str, values: list[int]) -> None:
-    """They are read before use on a CPU; on a GPU that would stall the device, so they are clamped."""
-    cu_seqlens = torch.tensor(values, dtype=torch.int32, device=device_of(backend))
-    h = normal(5, 4, device=device_of(backend))
+    """They are read before use on a CPU; on a GPU that would stall the device, so they do no harm unread."""
+    device = device_of(backend)
+    cu_seqlens = torch.tensor(values, dtype=torch.int32, device=device)
+    h = normal(5, 4, device=device)
     with forced(backend) as impl:
-        if impl != "triton":
+        if impl != "triton" and device == "cpu":
             with pytest.raises(ValueError, match=r"cu_seqlens must .*(start at 0|never fall|end at or before .* 5)"):
                 sf.row_energy(h, cu_seqlens=cu_seqlens, impl=impl)
         else:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import every_backend, forced, lengths_mask, normal, offsets, relative_error
+from support import device_of, every_backend, forced, lengths_mask, normal, offsets, relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,15 +44,14 @@ def paper_interaction(attention: Tensor) -> Tensor:
 FORMULAS = {"released": (released_importance, released_interaction), "paper": (paper_importance, paper_interaction)}
 
 
-def batch(tokens: int = 23) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def batch(tokens: int = 23, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logits, target, h, q, k."""
-    logits, target = normal(3, 2, seed=1), torch.tensor([0, 1, 1])
     return (
-        logits,
-        target,
-        normal(3, tokens, 12, seed=2),
-        normal(3, 4, tokens, 8, seed=3),
-        normal(3, 4, tokens, 8, seed=4),
+        normal(3, 2, seed=1, device=device),
+        torch.tensor([0, 1, 1], device=device),
+        normal(3, tokens, 12, seed=2, device=device),
+        normal(3, 4, tokens, 8, seed=3, device=device),
+        normal(3, 4, tokens, 8, seed=4, device=device),
     )
 
 
@@ -66,7 +65,7 @@ def softmax_attention(q: Tensor, k: Tensor) -> Tensor:
 def test_terms_equal_the_written_formulas(backend: str, variant: str, dtype: torch.dtype) -> None:
     if dtype == torch.float64 and backend != "reference":
         pytest.skip("only the reference computes in float64")
-    logits, target, h, q, k = batch()
+    logits, target, h, q, k = batch(device=device_of(backend))
     attention = softmax_attention(q, k)
     importance, interaction = FORMULAS[variant]
     expected_leaves = [x.double().requires_grad_() for x in (h, attention)]
@@ -89,7 +88,7 @@ def test_terms_equal_the_written_formulas(backend: str, variant: str, dtype: tor
 @every_backend()
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_queries_and_keys_stand_for_their_attention(backend: str, variant: str) -> None:
-    logits, target, h, q, k = batch()
+    logits, target, h, q, k = batch(device=device_of(backend))
     expected_leaves = [x.double().requires_grad_() for x in (q, k)]
     expected = FORMULAS[variant][1](softmax_attention(*expected_leaves))
     leaves = [x.clone().requires_grad_() for x in (q, k)]
@@ -181,13 +180,14 @@ def test_the_mask_leaves_padding_out() -> None:
 @every_backend()
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_packed_samples_have_the_loss_of_padded_ones(backend: str, variant: str) -> None:
-    logits, target, h, q, k = batch(tokens=10)
-    mask = lengths_mask([10, 4, 0], 10)
+    device = device_of(backend)
+    logits, target, h, q, k = batch(tokens=10, device=device)
+    mask = lengths_mask([10, 4, 0], 10).to(device)
     packed = {"hidden": h[mask], "qk": tuple(x.transpose(1, 2)[mask] for x in (q, k))}
     with forced(backend) as impl:
         loss = sf.SAFRLoss(variant=variant, impl=impl)
         padded = loss(logits, target, hidden=h, qk=(q, k), mask=mask, return_parts=True)
-        layout = {"cu_seqlens": offsets([10, 4, 0]), "max_seqlen": 10}
+        layout = {"cu_seqlens": offsets([10, 4, 0], device), "max_seqlen": 10}
         ours = loss(logits, target, **packed, **layout, return_parts=True)
     torch.testing.assert_close(torch.stack(ours), torch.stack(padded))
 

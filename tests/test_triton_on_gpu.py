@@ -1,9 +1,14 @@
-"""What only a GPU can show: no waiting for the device, capture into a graph, streams and several devices."""
+"""What only a GPU can show: no waiting for the device, capture into a graph, streams, several devices, whole runs."""
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import ranks
 import torch
+from run_support import interrupt_at_step, records
 from support import lengths_mask, normal, offsets
 from torch import Tensor
 
@@ -110,3 +115,33 @@ def test_work_goes_to_the_tensors_own_device(name: str) -> None:
     for result, other in zip(gradients(loss, *leaves), expected, strict=True):
         assert result.device.index == 1
         assert torch.equal(result.cpu(), other.cpu())
+
+
+# Without random numbers, which each device draws in its own way.
+STILL = dataclasses.replace(ranks.TINY, gate=False, dropout=0.0)
+
+
+def steps(out: Path, **options: Any) -> list[dict[str, float]]:
+    """What a run measured, step by step."""
+    ranks.train(out, model=STILL, epochs=2, log_every=1, **options)
+    names = ("cross_entropy", "importance", "interaction")
+    return [{name: record["train"][name] for name in names} for record in records(out, "step")]
+
+
+@pytest.mark.usefixtures("small_corpus")
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"protocol": "released", "max_len": 24}], ids=str)
+def test_a_run_has_the_terms_of_one_on_the_cpu(tmp_path: Path, options: dict[str, Any]) -> None:
+    on_gpu, on_cpu = (steps(tmp_path / device, device=device, **options) for device in ("cuda", "cpu"))
+    for ours, expected in zip(on_gpu, on_cpu, strict=True):
+        assert ours == pytest.approx(expected, rel=0.05 if "bf16" in options else 1e-3)
+
+
+@pytest.mark.usefixtures("small_corpus")
+def test_a_run_begun_on_the_cpu_goes_on_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            steps(tmp_path / "run", checkpoint_every=1)
+    resumed = steps(tmp_path / "run", checkpoint_every=1, resume=True, device="cuda")
+    for ours, expected in zip(resumed, steps(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3)
