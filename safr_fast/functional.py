@@ -37,6 +37,7 @@ from safr_fast.ops import importance as importance_op
 from safr_fast.ops import interaction as interaction_op
 from safr_fast.ops import row_energy as row_energy_op
 from safr_fast.ops.dispatch import Impl
+from safr_fast.precision import has_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not has_autocast(device):
         return x
     if torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))

@@ -1,4 +1,4 @@
-"""How exactly float32 is to be multiplied, as PyTorch was told."""
+"""How exactly float32 is to be multiplied, as PyTorch was told, and whether it may be cast before."""
 
 import torch
 
@@ -23,3 +23,12 @@ def matmul_precision(device_type: str) -> str:
 def _of_backend(device_type: str) -> str:
     backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     return getattr(backend.matmul, "fp32_precision", "none")  # PyTorch has it since 2.9
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether :class:`torch.autocast` knows the device; it does not know ``meta``."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# The compiler of PyTorch 2.11 cannot trace it; the mark is explained in ops/dispatch.py.
+vars(has_autocast)["_dynamo_marked_constant"] = True

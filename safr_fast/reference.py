@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from safr_fast.precision import has_autocast
+
 
 def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -28,7 +30,7 @@ def real(valid: Tensor | None, x: Tensor) -> Tensor:
 def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Products at the precision of their operands; on a device such as ``meta``, which knows no autocast, as it is."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def gram(h: Tensor, mask: Tensor | None = None) -> Tensor:
