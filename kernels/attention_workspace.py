@@ -13,17 +13,21 @@ from .tiles import first_row, load_rows, matrix_tile, product, real_tokens, span
 
 @triton.jit
 def scores(
-    q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
+    q_i, q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``log2(e) · scale · q_i · k_j``, −∞ where i may not attend to j."""
+    """``log2(e) · scale · q_i · k_j``, −∞ where i may not attend to j. ``q_i``: the rows, if loaded whole."""
     dots = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        q_i = load_rows(q_ptr, i0, stride_qt, real_i, d, D, ROWS)
-        k_j = load_rows(k_ptr, j0, stride_kt, real_j, d, D, COLUMNS)
+    if q_i is not None:
+        k_j = load_rows(k_ptr, j0, stride_kt, real_j, tl.arange(0, BLOCK_D), D, COLUMNS)
         dots = product(q_i, k_j.trans(), dots, PRECISION)
+    else:
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            q_d = load_rows(q_ptr, i0, stride_qt, real_i, d, D, ROWS)
+            k_d = load_rows(k_ptr, j0, stride_kt, real_j, d, D, COLUMNS)
+            dots = product(q_d, k_d.trans(), dots, PRECISION)
     allowed = real_i[:, None] & real_j[None, :]
     if IS_CAUSAL:
         allowed = allowed & (i0 + tl.arange(0, ROWS)[:, None] >= j0 + tl.arange(0, COLUMNS)[None, :])
@@ -51,16 +55,22 @@ def weights(score, top, total, attention_scale, DTYPE: tl.constexpr):
 def softmax_rows(
     q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
     stride_qt, stride_kt, log2_scale, attention_scale,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of powers of 2 of a tile of rows, and what its rounded weights, stored if asked for, sum to."""
+    """Maximum and sum of powers of 2 of a tile of rows, and what its rounded weights, stored if asked for, sum to.
+
+    WHOLE: BLOCK_D holds all features, so that the queries are loaded once.
+    """
+    q_i = None
+    if WHOLE:
+        q_i = load_rows(q_ptr, i0, stride_qt, real_i, tl.arange(0, BLOCK_D), D, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for j0 in range(j_begin, j_stop, BLOCK_J):
         real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
         score = scores(
-            q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
+            q_i, q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
             BLOCK, BLOCK_J, BLOCK_D, IS_CAUSAL, PRECISION,
         )  # fmt: skip
         top, total = softmax_step(top, total, score)
@@ -69,7 +79,7 @@ def softmax_rows(
     for j0 in range(j_begin, j_stop, BLOCK_J):
         real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
         score = scores(
-            q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
+            q_i, q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
             BLOCK, BLOCK_J, BLOCK_D, IS_CAUSAL, PRECISION,
         )  # fmt: skip
         share = weights(score, top, total, attention_scale, DTYPE)
@@ -85,7 +95,7 @@ def softmax_kernel(
     T, D, H, group, head0, pitch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     log2_scale, attention_scale,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``A = softmax(scale · q kᵀ)`` to the workspace, and what its rounded rows sum to."""
@@ -109,7 +119,7 @@ def softmax_kernel(
     _, _, row_sum = softmax_rows(
         q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
         stride_qt, stride_kt, log2_scale, attention_scale,
-        attention_ptr.dtype.element_ty, BLOCK, BLOCK_J, BLOCK_D, IS_CAUSAL, PRECISION,
+        attention_ptr.dtype.element_ty, BLOCK, BLOCK_J, BLOCK_D, WHOLE, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     tl.store(row_sum_ptr + local_head * pitch + i, row_sum)
 

@@ -72,8 +72,9 @@ def interaction_block_kernel(
     q_ptr += sample * stride_qb + head * stride_qh
     k_ptr += sample * stride_kb + head // group * stride_kh
     score = scores(
-        q_ptr, k_ptr, 0, 0, real, real, D, stride_qt, stride_kt, log2_scale, BLOCK, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION
-    )
+        None, q_ptr, k_ptr, 0, 0, real, real, D, stride_qt, stride_kt, log2_scale,
+        BLOCK, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+    )  # fmt: skip
     nothing = tl.full((BLOCK,), float("-inf"), tl.float32)
     top, total = softmax_step(nothing, tl.zeros((BLOCK,), tl.float32), score)
     attention = weights(score, top, total, attention_scale, DTYPE)

@@ -3,26 +3,54 @@
 import triton
 import triton.language as tl
 
-from .tiles import first_row, load_rows, load_tile, matrix_tile, product, real_tokens, span_of, store_rows
+from .interaction_gram import halves
+from .tiles import (
+    first_row,
+    load_rows,
+    load_tile,
+    matrix_tile,
+    mirrored_tile,
+    product,
+    real_tokens,
+    span_of,
+    store_rows,
+)
 
 
 @triton.jit
 def pair_product(
-    pair_ptr, pair_desc, attention_ptr, attention_desc, matrix, i0, j0, k_begin, k_stop, pitch,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    pair_ptr, pair_desc, mirrored_desc, attention_ptr, attention_desc, matrix, i0, j0, k_begin, k_stop, pitch,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``M A``, as scaled as they are."""
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for k0 in range(k_begin, k_stop, BLOCK_K):
+    """A tile of ``M A``, as scaled as they are. Above the diagonal ``interaction_gram`` keeps no M: there ``M_ki``."""
+    acc = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    beyond = tl.maximum(i0 + BLOCK, k_begin)
+    for k0 in range(k_begin, tl.minimum(beyond, k_stop), BLOCK_K):
         pair = load_tile(pair_ptr, pair_desc, matrix, i0, k0, pitch, BLOCK, BLOCK_K)
-        attention = load_tile(attention_ptr, attention_desc, matrix, k0, j0, pitch, BLOCK_K, BLOCK)
+        attention = load_tile(attention_ptr, attention_desc, matrix, k0, j0, pitch, BLOCK_K, COLUMNS)
         acc = product(pair, attention, acc, PRECISION)
+    for k0 in range(beyond, k_stop, BLOCK_K):
+        mirrored = load_tile(pair_ptr, mirrored_desc, matrix, k0, i0, pitch, BLOCK_K, BLOCK)
+        attention = load_tile(attention_ptr, attention_desc, matrix, k0, j0, pitch, BLOCK_K, COLUMNS)
+        acc = product(mirrored.trans(), attention, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def load_phi(pair_ptr, diagonal_ptr, i0, j0, pitch, BLOCK: tl.constexpr):
+    """A tile of φ(G), from where ``interaction_gram`` keeps it."""
+    if i0 == j0:
+        phi = tl.load(matrix_tile(diagonal_ptr, i0, j0, pitch, BLOCK, BLOCK))
+    elif i0 < j0:
+        phi = tl.load(matrix_tile(pair_ptr, i0, j0, pitch, BLOCK, BLOCK))
+    else:
+        phi = tl.load(mirrored_tile(pair_ptr, i0, j0, pitch, BLOCK, BLOCK))
+    return phi.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def attention_gradient_kernel(
-    attention_ptr, attention_desc, pair_ptr, pair_desc, phi_ptr, mask_ptr, span_ptr, grad_ptr,
+    attention_ptr, attention_desc, pair_ptr, pair_desc, mirrored_desc, diagonal_ptr, mask_ptr, span_ptr, grad_ptr,
     T, H, head0, pitch,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,10 +64,10 @@ def attention_gradient_kernel(
         return
     matrix = local_head * pitch * pitch
     through_pairs = pair_product(
-        pair_ptr + matrix, pair_desc, attention_ptr + matrix, attention_desc, local_head,
-        i0, j0, begin // BLOCK * BLOCK, stop, pitch, BLOCK, BLOCK_K, PRECISION,
+        pair_ptr + matrix, pair_desc, mirrored_desc, attention_ptr + matrix, attention_desc, local_head,
+        i0, j0, begin // BLOCK * BLOCK, stop, pitch, BLOCK, BLOCK, BLOCK_K, PRECISION,
     )  # fmt: skip
-    phi = tl.load(matrix_tile(phi_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32)
+    phi = load_phi(pair_ptr + matrix, diagonal_ptr + matrix, i0, j0, pitch, BLOCK)
     i, j = i0 + tl.arange(0, BLOCK), j0 + tl.arange(0, BLOCK)
     keep = real_tokens(i, stop, row, mask_ptr)[:, None] & real_tokens(j, stop, row, mask_ptr)[None, :]
     grad_ptr += (head0 + local_head) * T * T
@@ -53,33 +81,57 @@ def exponent_below(top, exponent):
     return tl.where(top > 0, tl.exp2(power), 1.0)
 
 
+@triton.jit
+def score_gradient_tile(
+    attention_ptr, attention_desc, pair_ptr, pair_desc, mirrored_desc, diagonal_ptr, row_term, grad_scale, grad_ptr,
+    matrix, i0, j0, k_begin, k_stop, pitch, attention_scale, pair_scale,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``∂L/∂s`` of COLUMNS columns, one tile or two."""
+    through_pairs = pair_product(
+        pair_ptr, pair_desc, mirrored_desc, attention_ptr, attention_desc, matrix,
+        i0, j0, k_begin, k_stop, pitch, BLOCK, COLUMNS, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    through_pairs *= 1.0 / (pair_scale * attention_scale)
+    if COLUMNS == BLOCK:
+        tiles = (through_pairs,)
+    else:
+        tiles = halves(through_pairs)
+    for tile in tl.static_range(len(tiles)):
+        j = j0 + tile * BLOCK
+        phi = load_phi(pair_ptr, diagonal_ptr, i0, j, pitch, BLOCK) / attention_scale
+        attention = tl.load(matrix_tile(attention_ptr, i0, j, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
+        grad = attention * (row_term[:, None] - phi - tiles[tile])
+        tl.store(matrix_tile(grad_ptr, i0, j, pitch, BLOCK, BLOCK), grad * grad_scale)
+
+
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def score_gradient_kernel(
-    attention_ptr, attention_desc, pair_ptr, pair_desc, phi_ptr, row_term_ptr, row_sum_ptr, span_ptr,
-    grad_ptr, grad_scale_ptr,
+    attention_ptr, attention_desc, two_tiles_desc, pair_ptr, pair_desc, mirrored_desc, diagonal_ptr, row_term_ptr,
+    row_sum_ptr, span_ptr, grad_ptr, grad_scale_ptr,
     T, H, head0, pitch, tiles,
     attention_scale, pair_scale,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``∂L/∂s_ij = A_ij (g_ij − Σ_j A_ij g_ij)`` with ``g = −φ(G) − M A``, in place of φ.
+    """``∂L/∂s_ij = A_ij (g_ij − Σ_j A_ij g_ij)`` with ``g = −φ(G) − M A``, where φ of the diagonal is.
 
     No entry exceeds its row's term, so a power of 2 for each tile of rows, to (heads, tiles), keeps it in 16 bits.
+    With ``two_tiles_desc`` a program makes two neighbouring tiles, wherever both are real; not if causal, as the second
+    would meet tiles of A above the diagonal, which nobody writes.
     """
-    j_tile, i_tile = tl.program_id(0), tl.program_id(1)
+    TILES: tl.constexpr = 1 if two_tiles_desc is None else 2
+    i_tile = tl.program_id(1)
     local_head = tl.program_id(2).to(tl.int64)
-    i0, j0 = i_tile * BLOCK, j_tile * BLOCK
+    i0, j0 = i_tile * BLOCK, tl.program_id(0) * (TILES * BLOCK)
     begin, stop = span_of((head0 + local_head) // H, None, span_ptr, T)
+    if TILES == 2:
+        j0 = tl.where(j0 + BLOCK <= begin, j0 + BLOCK, j0)
     if tl.maximum(i0, j0) >= stop or tl.minimum(i0, j0) + BLOCK <= begin or (IS_CAUSAL and j0 > i0):
         return
     matrix = local_head * pitch * pitch
     k_begin = begin // BLOCK * BLOCK
     if IS_CAUSAL:
         k_begin = j0
-    through_pairs = pair_product(
-        pair_ptr + matrix, pair_desc, attention_ptr + matrix, attention_desc, local_head,
-        i0, j0, k_begin, stop, pitch, BLOCK, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    through_pairs *= 1.0 / (pair_scale * attention_scale)
 
     i = i0 + tl.arange(0, BLOCK)
     row_term_ptr += local_head * tiles * pitch
@@ -89,15 +141,24 @@ def score_gradient_kernel(
     row_sum = tl.load(row_sum_ptr + local_head * pitch + i)
     row_term = row_term / tl.where(row_sum > 0, row_sum, 1.0)
     grad_scale = exponent_below(tl.max(row_term, 0), 13.0)
-
-    phi = tl.load(matrix_tile(phi_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
-    attention = (
-        tl.load(matrix_tile(attention_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK)).to(tl.float32) / attention_scale
-    )
-    grad = attention * (row_term[:, None] - phi - through_pairs)
-    tl.store(matrix_tile(grad_ptr + matrix, i0, j0, pitch, BLOCK, BLOCK), grad * grad_scale)
-    if j_tile == begin // BLOCK:
+    if j0 // BLOCK == begin // BLOCK:
         tl.store(grad_scale_ptr + local_head * tiles + i_tile, grad_scale)
+
+    if TILES == 2:
+        if j0 // BLOCK % 2 == 0 and j0 + BLOCK < stop:
+            score_gradient_tile(
+                attention_ptr + matrix, two_tiles_desc, pair_ptr + matrix, pair_desc, mirrored_desc,
+                diagonal_ptr + matrix, row_term, grad_scale, grad_ptr + matrix,
+                local_head, i0, j0, k_begin, stop, pitch, attention_scale, pair_scale,
+                BLOCK, 2 * BLOCK, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            return
+    score_gradient_tile(
+        attention_ptr + matrix, attention_desc, pair_ptr + matrix, pair_desc, mirrored_desc,
+        diagonal_ptr + matrix, row_term, grad_scale, grad_ptr + matrix,
+        local_head, i0, j0, k_begin, stop, pitch, attention_scale, pair_scale,
+        BLOCK, BLOCK, BLOCK_K, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "H", "head0"])

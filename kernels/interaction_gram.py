@@ -6,7 +6,7 @@ G is symmetric, so each program makes one tile of its lower triangle and serves 
 import triton
 import triton.language as tl
 
-from .tiles import load_tile, matrix_tile, product, span_of, sum_of
+from .tiles import load_mirrored, load_tile, matrix_tile, product, span_of, store_mirrored, store_tile, sum_of
 
 
 @triton.jit
@@ -41,20 +41,19 @@ def quarters(tile):
 
 @triton.jit
 def tile_and_mirror(
-    gram, attention_ptr, pair_ptr, phi_ptr, row_term_ptr, i0, j0, i_tile, pitch, attention_scale, pair_scale,
+    gram, attention_ptr, attention_desc, mirrored_desc, pair_ptr, pair_desc, phi_desc, diagonal_ptr, row_term_ptr,
+    matrix, i0, j0, i_tile, apart, pitch, attention_scale, pair_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_CAUSAL: tl.constexpr, SQUARED: tl.constexpr,
     EXCLUDE_DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """A tile's part of the loss and of its rows' terms; what ``pair_ptr`` asks for of it and its mirror is stored."""
+    """A tile's part of the loss and of its rows' terms, and what ``pair_ptr`` asks for. ``apart``: from its mirror."""
     i, j = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLUMNS)
-    attention = tl.load(matrix_tile(attention_ptr, i0, j0, pitch, ROWS, COLUMNS)).to(tl.float32) / attention_scale
-    apart = i0 >= j0 + COLUMNS  # from the mirrored tile; else both lie in one tile on the diagonal
-    mirrored_ptr = matrix_tile(attention_ptr, j0, i0, pitch, COLUMNS, ROWS)
+    attention = load_tile(attention_ptr, attention_desc, matrix, i0, j0, pitch, ROWS, COLUMNS)
+    attention = attention.to(tl.float32) / attention_scale
+    mirrored = load_mirrored(attention_ptr, mirrored_desc, matrix, i0, j0, pitch, ROWS, COLUMNS)
+    mirrored = mirrored.to(tl.float32) / attention_scale
     if IS_CAUSAL:  # nothing is written above the diagonal
-        mirrored = tl.load(mirrored_ptr, mask=(j[:, None] >= 0) & (not apart), other=0.0)
-    else:
-        mirrored = tl.load(mirrored_ptr)
-    mirrored = mirrored.to(tl.float32).trans() / attention_scale
+        mirrored = tl.where(apart, 0.0, mirrored)
     phi, pair = pair_terms(gram, attention, mirrored, i[:, None] == j[None, :], SQUARED, EXCLUDE_DIAGONAL)
 
     both = attention + tl.where(apart, mirrored, 0.0)
@@ -62,22 +61,23 @@ def tile_and_mirror(
     row_share = tl.zeros((ROWS,), tl.float32)
     if pair_ptr is not None:
         pair = (pair * pair_scale).to(pair_ptr.dtype.element_ty)
-        phi = (phi * attention_scale).to(phi_ptr.dtype.element_ty)
+        phi = (phi * attention_scale).to(pair_ptr.dtype.element_ty)
         through_pairs = pair.to(tl.float32) / pair_scale * gram
         rounded_phi = phi.to(tl.float32) / attention_scale
         row_share = tl.sum(attention * rounded_phi + through_pairs, 1)
-        tl.store(matrix_tile(pair_ptr, i0, j0, pitch, ROWS, COLUMNS), pair)
-        tl.store(matrix_tile(phi_ptr, i0, j0, pitch, ROWS, COLUMNS), phi)
+        store_tile(pair_ptr, pair_desc, matrix, i0, j0, pitch, pair)
         if apart:
-            tl.store(matrix_tile(pair_ptr, j0, i0, pitch, COLUMNS, ROWS), pair.trans())
-            tl.store(matrix_tile(phi_ptr, j0, i0, pitch, COLUMNS, ROWS), phi.trans())
+            store_mirrored(pair_ptr, phi_desc, matrix, i0, j0, pitch, phi)
             tl.store(row_term_ptr + i_tile * pitch + j, tl.sum(mirrored * rounded_phi + through_pairs, 0))
+        else:
+            tl.store(matrix_tile(diagonal_ptr, i0, j0, pitch, ROWS, COLUMNS), phi)
     return loss, row_share
 
 
 @triton.jit(do_not_specialize=["T", "H", "head0"])
 def interaction_gram_kernel(
-    attention_ptr, attention_desc, span_ptr, pair_ptr, phi_ptr, row_term_ptr, loss_ptr,
+    attention_ptr, attention_desc, mirrored_desc, span_ptr, pair_ptr, pair_desc, phi_desc, diagonal_ptr, row_term_ptr,
+    loss_ptr,
     T, H, head0, pitch, tiles,
     attention_scale, pair_scale,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, SQUARED: tl.constexpr,
@@ -85,9 +85,10 @@ def interaction_gram_kernel(
 ):  # fmt: skip
     """``Σ A_ij (1 − φ(G_ij))`` over a tile and its mirror image, to (heads, tiles, tiles).
 
-    With ``pair_ptr``, for the gradient: M and φ to (heads, pitch, pitch) and, to (heads, tiles, pitch), each row's
-    share of ``Σ_j A_ij φ_ij + Σ_k M_ik G_ik``, which is ``−Σ_j A_ij ∂L/∂A_ij`` without the 1 of ``1 − φ``. It is made
-    of the rounded A, φ and M, so that the rows of ∂L/∂s will sum to zero.
+    With ``pair_ptr``, for the gradient, to (heads, pitch, pitch): M in the tiles on and below the diagonal, φ in those
+    above it; both are symmetric. φ of the tiles on the diagonal goes to ``diagonal_ptr``. And to (heads, tiles, pitch)
+    each row's share of ``Σ_j A_ij φ_ij + Σ_k M_ik G_ik``, which is ``−Σ_j A_ij ∂L/∂A_ij`` without the 1 of ``1 − φ``.
+    It is made of the rounded A, φ and M, so that the rows of ∂L/∂s will sum to zero.
     """
     j_tile, i_tile = tl.program_id(0), tl.program_id(1)
     local_head = tl.program_id(2).to(tl.int64)
@@ -108,19 +109,26 @@ def interaction_gram_kernel(
     gram *= 1.0 / (attention_scale * attention_scale)
     if pair_ptr is not None:
         pair_ptr += local_head * pitch * pitch
-        phi_ptr += local_head * pitch * pitch
+        diagonal_ptr += local_head * pitch * pitch
         row_term_ptr += local_head * tiles * pitch
 
     loss = tl.zeros((1,), tl.float32)
     row_share = tl.zeros((BLOCK,), tl.float32)
-    if BLOCK <= 64:
+    # All terms of a large tile at once would need more registers than there are; a descriptor is of BLOCK_K columns.
+    PARTS: tl.constexpr = (1 if BLOCK <= 64 else 4) if attention_desc is None else BLOCK // BLOCK_K
+    if PARTS == 1:
         parts = (gram,)
-    else:  # a tile's terms all at once would need more registers than there are
+    elif PARTS == 2:
+        parts = halves(gram)
+    else:
+        tl.static_assert(PARTS == 4)
         parts = quarters(gram)
     for part in tl.static_range(len(parts)):
         part_loss, part_row_share = tile_and_mirror(
-            parts[part], attention_ptr, pair_ptr, phi_ptr, row_term_ptr, i0, j0 + part * (BLOCK // len(parts)), i_tile,
-            pitch, attention_scale, pair_scale, BLOCK, BLOCK // len(parts), IS_CAUSAL, SQUARED, EXCLUDE_DIAGONAL,
+            parts[part], attention_ptr, attention_desc, mirrored_desc, pair_ptr, pair_desc, phi_desc, diagonal_ptr,
+            row_term_ptr, local_head, i0, j0 + part * (BLOCK // len(parts)), i_tile, i0 > j0, pitch,
+            attention_scale, pair_scale,
+            BLOCK, BLOCK // len(parts), IS_CAUSAL, SQUARED, EXCLUDE_DIAGONAL,
         )  # fmt: skip
         loss += part_loss
         row_share += part_row_share

@@ -1,7 +1,7 @@
 """Launches primitive 2 over samples of one padded length: chunks of heads whose T×T matrices fit a bounded workspace.
 
-Per head the workspace holds A, M and φ(G), the last of which ∂L/∂s replaces: 6 T² bytes for 16-bit input, 12 T² for
-float32. Every head is computed alone, so that results do not depend on the chunk. Heads of few tokens take
+Per head the workspace holds A; M, and where its symmetry spares it φ(G); and ∂L/∂s: 6 T² bytes for 16-bit input,
+12 T² for float32. Every head is computed alone, so that results do not depend on the chunk. Heads of few tokens take
 no workspace: a program each does them.
 """
 
@@ -80,7 +80,8 @@ class Workspace:
         head_bytes = matrices * self.pitch**2 * arithmetic.matrix.itemsize
         self.heads = configs.heads_of_a_chunk(batch * self.H, head_bytes, workspace_bytes)
         matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
-        self.attention, self.pair, self.phi = matrix if need_grad else (*matrix, None, None)
+        self.attention, self.pair, self.grad = matrix if need_grad else (*matrix, None, None)
+        self.attention_tiles, self.pair_tiles = self.descriptors(self.attention), self.descriptors(self.pair)
         self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
         self.row_sum = self.total.new_empty(self.heads, self.pitch)
         self.loss = self.total.new_empty(self.heads, self.tiles, self.tiles)
@@ -90,25 +91,20 @@ class Workspace:
         count = self.total.numel()
         return [(first, min(self.heads, count - first)) for first in range(0, count, self.heads)]
 
-    def descriptor(self, matrix: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-        """Of tiles of the chunk's matrices laid end to end, where the configuration reads them by TMA."""
-        if not self.config.descriptors:
-            return None
-        return TensorDescriptor.from_tensor(matrix.view(-1, self.pitch), [rows, columns])
-
-    def product_operands(self) -> tuple[Tensor | TensorDescriptor | None, ...]:
-        """A and M, each with its descriptor, for ``M A``."""
+    def descriptors(self, matrix: Tensor | None) -> tuple[TensorDescriptor | None, ...]:
+        """Of a chunk's matrices laid end to end, where the configuration reads them by TMA: of tiles of ``rows`` by
+        ``features``, of their mirror images, and of two of these side by side."""
+        if matrix is None or not self.config.descriptors:
+            return None, None, None
         rows, features = self.config.rows, self.config.features
-        return (
-            self.attention, self.descriptor(self.attention, features, rows),
-            self.pair, self.descriptor(self.pair, rows, features),
-        )  # fmt: skip
+        shapes = ([rows, features], [features, rows], [features, 2 * rows])
+        return tuple(TensorDescriptor.from_tensor(matrix.view(-1, self.pitch), shape) for shape in shapes)
 
     def gram(self, head0: int, heads: int) -> None:
         """The loss of a chunk and, for the gradient, M, φ(G) and the row term."""
         interaction_gram_kernel[(self.tiles, self.tiles, heads)](
-            self.attention, self.descriptor(self.attention, self.config.rows, self.config.features),
-            self.span, self.pair, self.phi, self.row_term, self.loss,
+            self.attention, *self.attention_tiles[:2], self.span, self.pair, *self.pair_tiles[:2],
+            self.grad, self.row_term, self.loss,
             self.T, self.H, head0, self.pitch, self.tiles,
             self.arithmetic.attention_scale, self.arithmetic.pair_scale,
             BLOCK=self.config.rows, BLOCK_K=self.config.features, IS_CAUSAL=self.is_causal, **self.form,
@@ -150,7 +146,8 @@ def from_attention(
         work.gram(head0, heads)
         if need_grad:
             attention_gradient_kernel[grid](
-                *work.product_operands(), work.phi, mask, span, grad, work.T, work.H, head0, work.pitch,
+                work.attention, work.attention_tiles[1], work.pair, *work.pair_tiles[:2], work.grad,
+                mask, span, grad, work.T, work.H, head0, work.pitch,
                 BLOCK=config.rows, BLOCK_K=config.features, PRECISION=work.arithmetic.precision, **config.execution,
             )  # fmt: skip
     return work.total, grad
@@ -240,18 +237,22 @@ def _launch_softmax(
         q, k, mask, work.span, work.attention, work.row_sum,
         work.T, q.shape[-1], work.H, work.H // k.shape[1], head0, work.pitch, *q.stride()[:3], *k.stride()[:3],
         scale * LOG2_E, work.arithmetic.attention_scale,
-        BLOCK=work.config.rows, BLOCK_J=config.columns, BLOCK_D=config.features, IS_CAUSAL=work.is_causal,
-        PRECISION=work.arithmetic.precision, **config.execution,
+        BLOCK=work.config.rows, BLOCK_J=config.columns, BLOCK_D=config.features, WHOLE=q.shape[-1] <= config.features,
+        IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision, **config.execution,
     )  # fmt: skip
 
 
 def _launch_score_gradient(work: Workspace, head0: int, heads: int) -> tuple[Tensor, Tensor]:
-    """∂L/∂s in place of φ, and the power of 2 that each tile of its rows is scaled by."""
-    score_grad = work.phi.view(work.arithmetic.score_gradient)
+    """∂L/∂s, and the power of 2 that each tile of its rows is scaled by."""
+    score_grad = work.grad.view(work.arithmetic.score_gradient)
     score_grad_scale = work.total.new_empty(heads, work.tiles)
     config = work.config
-    score_gradient_kernel[(work.tiles, work.tiles, heads)](
-        *work.product_operands(), work.phi, work.row_term, work.row_sum, work.span, score_grad, score_grad_scale,
+    _, attention_desc, two_tiles_desc = work.attention_tiles
+    if work.is_causal:
+        two_tiles_desc = None
+    score_gradient_kernel[(work.tiles if two_tiles_desc is None else triton.cdiv(work.tiles, 2), work.tiles, heads)](
+        work.attention, attention_desc, two_tiles_desc, work.pair, *work.pair_tiles[:2], work.grad,
+        work.row_term, work.row_sum, work.span, score_grad, score_grad_scale,
         work.T, work.H, head0, work.pitch, work.tiles, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
         BLOCK=config.rows, BLOCK_K=config.features, IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision,
         **config.execution,

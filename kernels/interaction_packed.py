@@ -34,7 +34,7 @@ def attention_tile(
     q_ptr, k_ptr, top_ptr, total_ptr, stop, D, stride_qt, stride_kt, log2_scale, attention_scale = head
     i, j = i0 + tl.arange(0, BLOCK), j0 + tl.arange(0, BLOCK)
     score = scores(
-        q_ptr, k_ptr, i0, j0, i < stop, j < stop, D, stride_qt, stride_kt, log2_scale,
+        None, q_ptr, k_ptr, i0, j0, i < stop, j < stop, D, stride_qt, stride_kt, log2_scale,
         BLOCK, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     top = tl.load(top_ptr + i, mask=i < stop, other=0.0)
@@ -48,7 +48,7 @@ def packed_softmax_kernel(
     S, N, longest, D, group,
     stride_qt, stride_qh, stride_kt, stride_kh,
     log2_scale, attention_scale,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of each row of the softmax, and the sum of its rounded weights: (H, N)."""
@@ -67,7 +67,7 @@ def packed_softmax_kernel(
 
     top, total, row_sum = softmax_rows(
         q_ptr, k_ptr, None, None, row, i0, i < stop, 0, j_stop, stop, D, 0,
-        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK, BLOCK_D, IS_CAUSAL, PRECISION,
+        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK, BLOCK_D, WHOLE, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     top = tl.where(count_of(sequence, cu_ptr, None, N) > longest, float("nan"), top)
     out = head * N + row + i

@@ -113,7 +113,7 @@ def _launch_softmax(work: Strips, scale: float) -> None:
     packed_softmax_kernel[(work.slots, work.H)](
         *work.attention, work.row_sum, *work.lengths, work.D, work.group, *work.strides,
         scale * LOG2_E, work.arithmetic.attention_scale,
-        DTYPE=TRITON_DTYPES[work.arithmetic.matrix], **work.options,
+        DTYPE=TRITON_DTYPES[work.arithmetic.matrix], WHOLE=work.d_tiles == 1, **work.options,
     )  # fmt: skip
 
 

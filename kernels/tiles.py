@@ -153,6 +153,13 @@ def matrix_tile(ptr, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def mirrored_tile(ptr, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to the elements ``(j, i)`` that mirror those of one tile of a matrix."""
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    return ptr + tl.cast(j0, tl.int64) * pitch + i0 + i[:, None] + j[None, :] * pitch
+
+
+@triton.jit
 def load_tile(ptr, descriptor, matrix, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One tile of a square matrix at ``ptr``, the ``matrix``-th of those that a TMA descriptor, if given, covers."""
     if descriptor is not None:
@@ -160,6 +167,33 @@ def load_tile(ptr, descriptor, matrix, i0, j0, pitch, ROWS: tl.constexpr, COLUMN
     else:
         tile = tl.load(matrix_tile(ptr, i0, j0, pitch, ROWS, COLUMNS))
     return tile
+
+
+@triton.jit
+def store_tile(ptr, descriptor, matrix, i0, j0, pitch, tile):
+    if descriptor is not None:
+        descriptor.store([(matrix * pitch + i0).to(tl.int32), j0], tile)
+    else:
+        tl.store(matrix_tile(ptr, i0, j0, pitch, tile.shape[0], tile.shape[1]), tile)
+
+
+@triton.jit
+def load_mirrored(ptr, descriptor, matrix, i0, j0, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The elements ``(j, i)`` that mirror those of a tile, where those are. A descriptor is of tiles as they lie."""
+    if descriptor is not None:
+        tile = descriptor.load([(matrix * pitch + j0).to(tl.int32), i0]).trans()
+    else:
+        tile = tl.load(mirrored_tile(ptr, i0, j0, pitch, ROWS, COLUMNS))
+    return tile
+
+
+@triton.jit
+def store_mirrored(ptr, descriptor, matrix, i0, j0, pitch, tile):
+    """A tile to where it is mirrored."""
+    if descriptor is not None:
+        descriptor.store([(matrix * pitch + j0).to(tl.int32), i0], tile.trans())
+    else:
+        tl.store(mirrored_tile(ptr, i0, j0, pitch, tile.shape[0], tile.shape[1]), tile)
 
 
 @triton.jit

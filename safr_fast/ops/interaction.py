@@ -137,10 +137,9 @@ class ScaledGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-        scaled = gradient * factor
-        if scaled.shape != x.shape:
-            scaled = scaled.unflatten(1, (x.shape[1], -1)).sum(2)
-        return scaled.to(x.dtype)
+        if gradient.shape == x.shape:  # in one launch
+            return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
+        return (gradient * factor).unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
