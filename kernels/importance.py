@@ -7,7 +7,7 @@ the same order; which program that is, it learns from an integer, the *ticket*.
 import triton
 import triton.language as tl
 
-from .tiles import offset_of, sum_of
+from .tiles import offset_of, real_tokens, sum_of
 
 BLOCK = tl.constexpr(1024)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -92,3 +92,21 @@ def gradients_of(
         alpha = tl.where(alive, half / root / (length + eps), 0.0)
         beta = tl.where(alive, -half * (root / (length + eps)) / ((length + eps) * length), 0.0)
     return alpha, beta
+
+
+@triton.jit
+def store_alpha(
+    alpha_ptr, mask_ptr, energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
+    row, begin, stop, eps,
+):  # fmt: skip
+    """``α`` of the tokens of a sequence, for the program itself to read: its loop over them would make each in many
+    threads. Other programs of the sequence store the same."""
+    if grad_energy_ptr is None:  # else alpha_ptr is the same tensor
+        for t0 in range(begin, stop, BLOCK):
+            token = t0 + tl.arange(0, BLOCK)
+            real = real_tokens(token, stop, row, mask_ptr)
+            alpha = gradients_of(
+                energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, token, real, eps
+            )[0]
+            tl.store(alpha_ptr + row + token, alpha, mask=token < stop)
+        tl.debug_barrier()

@@ -18,6 +18,7 @@ from .row_energy_moment import (
     weighted_moment_and_short_kernel,
     weighted_moment_kernel,
 )
+from .row_energy_repair import MOST_SHARES
 from .row_energy_symmetric import row_energy_symmetric_kernel, row_energy_total_kernel
 from .row_energy_token import row_energy_token_backward_kernel, row_energy_token_kernel
 from .row_energy_weights import row_energy_weight_kernel, row_energy_weight_product_kernel
@@ -88,6 +89,12 @@ class Batch:
         """Slots for the tiles of all sequences, see ``tiles.tile_of``."""
         return self.T // rows + self.S if self.packed else self.S * triton.cdiv(self.T, rows)
 
+    def kept(self, moments: Tensor) -> Tensor:
+        """The memory of S as the kernels use it: of bfloat16 rows (slots, 2, E, E), rounded and what that left."""
+        if self.derived != tl.bfloat16:
+            return moments
+        return moments.view(torch.bfloat16).view(self.slots, 2, self.E, self.E)
+
     def config(self, kernel: str, bits: int) -> configs.Config:
         return configs.config(kernel, bits, self.E, self.h.device)
 
@@ -107,6 +114,7 @@ class Gradients:
     ) -> None:
         self.sums = energy, norm
         self.given = grad_energy, grad_norm, grad_loss, factor
+        self.alpha = torch.empty_like(energy) if grad_energy is None else grad_energy  # see importance.store_alpha
         self.eps = eps
 
 
@@ -147,8 +155,10 @@ def backward(
     grad_norm: Tensor,
 ) -> Tensor:
     rows = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
-    moment_norm = torch.linalg.vector_norm(moments, dim=(1, 2))
-    return _backward(Batch(h, mask, cu_seqlens), moments, moment_norm, Gradients(*rows))
+    batch = Batch(h, mask, cu_seqlens)
+    rounded = batch.kept(moments).select(1, 0) if batch.derived == tl.bfloat16 else moments
+    moment_norm = torch.linalg.vector_norm(rounded, dim=(1, 2), dtype=torch.float32)
+    return _backward(batch, moments, moment_norm, Gradients(*rows))
 
 
 def importance_backward(
@@ -188,11 +198,12 @@ def _forward(batch: Batch, energy: Tensor, norm: Tensor, loss: Loss) -> tuple[Te
     long_tiles = batch.tiles(form.rows)
     short_tiles = batch.tiles(short.rows) if batch.some_short else 0
     loss.expect(long_tiles + short_tiles, batch.h, batch.mask, zeroed_before=True)
-    squares = _launch_moment(batch, moments, loss, (energy, norm) if joined else None, short_tiles, long_tiles)
+    kept = batch.kept(moments)
+    squares = _launch_moment(batch, kept, loss, (energy, norm) if joined else None, short_tiles, long_tiles)
     if halved:
         _launch_symmetric(batch, wide, energy, norm, loss, long_tiles)
     quadratic_form_kernel[(long_tiles,)](
-        *batch.tensors, moments, squares, energy, norm, moment_norm, *loss.tensors, *batch.sizes,
+        *batch.tensors, kept, squares, energy, norm, moment_norm, *loss.tensors, *batch.sizes,
         squares.shape[1], batch.guard, **loss.numbers,
         BLOCK_T=form.rows, BLOCK_J=form.columns, BLOCK_E=form.features, DERIVED=batch.derived,
         PRECISION=batch.precision, **form.execution,
@@ -209,18 +220,19 @@ def _backward(batch: Batch, moments: Tensor, moment_norm: Tensor, gradients: Gra
     stores_weights = stores_weights and not configs.keeps_rows(batch.derived_bits, batch.E)
     if batch.slots > 0:
         batch.make_room_for_spans()
-        weighted = torch.empty_like(moments)
+        kept = batch.kept(moments)
+        weighted = kept.new_empty(batch.slots, batch.E, batch.E)
         joined = batch.some_short and not stores_weights
-        _launch_weighted_moment(batch, weighted, moment_norm, gradients, grad_h if joined else None)
+        found = _launch_weighted_moment(batch, weighted, moment_norm, gradients, grad_h if joined else None)
     if stores_weights:
         _launch_weights(batch, gradients, grad_h)
     elif batch.slots == 0:
         _launch_token_backward(batch, gradients, grad_h)
     if batch.slots > 0:
         config = batch.config("moment_backward", batch.derived_bits)
-        moment_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
-            *batch.tensors, moments, weighted, *gradients.sums, moment_norm, *gradients.given, grad_h, *batch.sizes,
-            batch.guard, gradients.eps,
+        moment_backward_kernel[(batch.tiles(config.rows) * triton.cdiv(batch.E, config.out),)](
+            *batch.tensors, kept, weighted, found, *gradients.sums, moment_norm, *gradients.given, grad_h, *batch.sizes,
+            found.shape[1], batch.guard, gradients.eps,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
             DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
         )  # fmt: skip
@@ -264,7 +276,7 @@ def _launch_symmetric(
 
 
 def _launch_token_backward(batch: Batch, gradients: Gradients, grad_h: Tensor) -> None:
-    tensors = (*batch.tensors, *gradients.sums, *gradients.given, grad_h)
+    tensors = (*batch.tensors, *gradients.sums, *gradients.given, gradients.alpha, grad_h)
     if configs.keeps_rows(batch.derived_bits, batch.E):
         config = batch.config("token_backward", batch.derived_bits)
         row_energy_token_backward_kernel[(batch.tiles(config.rows),)](
@@ -313,7 +325,9 @@ def _launch_moment(
     config = batch.config("moment" if short is None else "moment_and_short", batch.bits)
     shares, partial, programs = _shared_out(batch, moments, config)
     pairs = programs // (shares * batch.slots)
-    squares = moments.new_empty(batch.slots, pairs if shares == 1 else triton.cdiv(batch.E**2, TOTAL_BLOCK))
+    squares = batch.h.new_empty(
+        batch.slots, pairs if shares == 1 else triton.cdiv(batch.E**2, TOTAL_BLOCK), dtype=torch.float32
+    )
     tensors = (*batch.tensors, partial, squares if shares == 1 else None, loss.ticket)
     if short is None:
         moment_kernel[(programs,)](
@@ -327,17 +341,22 @@ def _launch_moment(
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, PRECISION=batch.precision,
             **config.execution,
         )  # fmt: skip
-    _add_shares(partial, moments, squares)
+    _add_shares(batch, partial, moments, squares)
     return squares
 
 
 def _launch_weighted_moment(
     batch: Batch, weighted: Tensor, moment_norm: Tensor, gradients: Gradients, grad_h: Tensor | None
-) -> None:
-    """Fills the moments weighted by ``α``, and the rows of ``grad_h``, if given, of the sequences that are short."""
+) -> Tensor:
+    """Fills the moments weighted by ``α``, and the rows of ``grad_h``, if given, of the sequences that are short.
+
+    Returns how many tokens are left to be made directly: (slots, shares).
+    """
     config = batch.config("moment" if grad_h is None else "moment_and_short_backward", batch.derived_bits)
     shares, partial, programs = _shared_out(batch, weighted, config)
-    tensors = (*batch.tensors, *gradients.sums, moment_norm, *gradients.given, partial)
+    found = batch.h.new_empty(batch.slots, shares, dtype=torch.int32)
+    weights = torch.empty_like(gradients.alpha)
+    tensors = (*batch.tensors, *gradients.sums, moment_norm, *gradients.given, partial, weights, found)
     if grad_h is None:
         weighted_moment_kernel[(programs,)](
             *tensors, *batch.sizes, batch.slots, shares, batch.guard, gradients.eps,
@@ -347,26 +366,30 @@ def _launch_weighted_moment(
     else:
         short_tiles = batch.tiles(config.rows) * triton.cdiv(batch.E, config.out)
         weighted_moment_and_short_kernel[(programs + short_tiles,)](
-            *tensors, grad_h, *batch.sizes, batch.slots, shares, programs, batch.guard, gradients.eps,
+            *tensors, gradients.alpha, grad_h, *batch.sizes, batch.slots, shares, programs, batch.guard, gradients.eps,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
             DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
         )  # fmt: skip
-    _add_shares(partial, weighted, None)
+    _add_shares(batch, partial, weighted, None)
+    return found
 
 
 def _shared_out(batch: Batch, moments: Tensor, config: configs.Config) -> tuple[int, Tensor, int]:
     """Into how many shares the tokens of a sequence are cut, room for what each adds to the moments, and programs."""
     tiles = triton.cdiv(batch.E, config.features)
     pairs = tiles * (tiles + 1) // 2
-    most = min(PARTIAL_BYTES // (4 * moments.numel()), triton.cdiv(batch.T, 4 * config.rows))
+    size = batch.slots * batch.E**2
+    most = min(PARTIAL_BYTES // (4 * size), triton.cdiv(batch.T, 4 * config.rows), MOST_SHARES.value)
     shares = max(1, min(configs.PROGRAMS // (pairs * batch.slots), most))
-    partial = moments if shares == 1 else moments.new_empty(shares, *moments.shape)
+    partial = moments
+    if shares > 1:
+        partial = moments.new_empty(shares, batch.slots, batch.E, batch.E, dtype=torch.float32)
     return shares, partial, pairs * batch.slots * shares
 
 
-def _add_shares(partial: Tensor, moments: Tensor, squares: Tensor | None) -> None:
+def _add_shares(batch: Batch, partial: Tensor, moments: Tensor, squares: Tensor | None) -> None:
     if partial is not moments:
-        slots, size = moments.shape[0], moments.shape[1] ** 2
-        moment_total_kernel[(slots, triton.cdiv(size, TOTAL_BLOCK))](
+        size = batch.E**2
+        moment_total_kernel[(batch.slots, triton.cdiv(size, TOTAL_BLOCK))](
             partial, moments, squares, size, partial.shape[0], BLOCK=TOTAL_BLOCK
         )

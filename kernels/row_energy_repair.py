@@ -12,7 +12,9 @@ import triton.language as tl
 
 from .importance import gradients_of
 from .row_energy_wide import energy_of, gram_tile
-from .tiles import load_rows, product, real_tokens
+from .tiles import load_rows, product, real_tokens, store_rows
+
+MOST_SHARES = tl.constexpr(256)  # of the tokens of a sequence
 
 
 @triton.jit
@@ -35,15 +37,6 @@ def cancelled(energy_ptr, norm_ptr, row, token, real, guard, floor):
 
 
 @triton.jit
-def number_that_cancelled(energy_ptr, norm_ptr, row, begin, stop, guard, floor, BLOCK: tl.constexpr):
-    found = tl.zeros((BLOCK,), tl.int32)
-    for t0 in range(begin, stop, BLOCK):
-        token = t0 + tl.arange(0, BLOCK)
-        found += cancelled(energy_ptr, norm_ptr, row, token, token < stop, guard, floor).to(tl.int32)
-    return tl.sum(found, 0)
-
-
-@triton.jit
 def repaired(
     energy, norm, h_ptr, mask_ptr, row, begin, stop, i0, real, E, stride_ht, guard, floor,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,32 +51,46 @@ def repaired(
 
 @triton.jit
 def add_direct(
-    grad, direct_i, alpha_i, h_ptr, mask_ptr,
+    grad_h_ptr, h_ptr, mask_ptr, found_ptr, shares,
     energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
-    row, begin, stop, i0, real_i, out, E, stride_ht, guard, floor, eps,
+    row, begin, stop, i0, out, E, stride_ht, guard, floor, eps,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr,
     DERIVED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the moment backward leaves out: ``Σ_j w_ij G_ij h_j``.
+    """Adds what the moment backward leaves out: ``2 Σ_j w_ij G_ij h_j``.
 
     A row i that cancelled gets all of it, ``w_ij = α_i + α_j``; any other what it receives from such rows j,
-    ``w_ij = α_j``, since they are not in its ``S_α``.
+    ``w_ij = α_j``, since they are not in its ``S_α``. ``found_ptr`` tells how many of the sequence did, in shares. What
+    the program stored is read again, so that it need not be kept here.
     """
-    found = number_that_cancelled(energy_ptr, norm_ptr, row, begin, stop, guard, floor, 1024)
-    stop = tl.where(found != 0, stop, 0)
-    direct_in_tile = tl.max(direct_i.to(tl.int32), 0)
-    alpha_i = tl.where(direct_i, alpha_i, 0.0)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
-        j = j0 + tl.arange(0, BLOCK_J)
-        real_j = real_tokens(j, stop, row, mask_ptr)
-        direct_j = cancelled(energy_ptr, norm_ptr, row, j, real_j, guard, floor)
-        if tl.maximum(direct_in_tile, tl.max(direct_j.to(tl.int32), 0)) != 0:
-            alpha_j = gradients_of(
-                energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, j, real_j, eps
+    share = tl.arange(0, MOST_SHARES)
+    found = tl.load(found_ptr + share, mask=share < shares, other=0)
+    if tl.sum(found, 0) != 0:
+        tl.debug_barrier()
+        for t0 in range(i0, tl.minimum(i0 + BLOCK_T, stop), BLOCK_J):
+            i = t0 + tl.arange(0, BLOCK_J)
+            real_i = real_tokens(i, stop, row, mask_ptr)
+            direct_i = cancelled(energy_ptr, norm_ptr, row, i, real_i, guard, floor)
+            alpha_i = gradients_of(
+                energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, i, direct_i, eps
             )[0]
-            gram = gram_tile(h_ptr, i0, j0, real_i, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
-            from_j = tl.where(direct_i[:, None] | direct_j[None, :], alpha_j[None, :], 0.0)
-            weight = (alpha_i[:, None] + from_j) * gram
-            h_j = load_rows(h_ptr, j0, stride_ht, real_j, out, E, BLOCK_J)
-            grad = product(weight.to(DERIVED), h_j.to(DERIVED), grad, PRECISION)
-    return grad
+            direct_in_tile = tl.max(direct_i.to(tl.int32), 0)
+            grad = tl.zeros((BLOCK_J, out.shape[0]), tl.float32)
+            j_first = begin // BLOCK_J * BLOCK_J
+            for step in range(0, stop - j_first, BLOCK_J):
+                j0 = j_first + step
+                j = j0 + tl.arange(0, BLOCK_J)
+                real_j = real_tokens(j, stop, row, mask_ptr)
+                direct_j = cancelled(energy_ptr, norm_ptr, row, j, real_j, guard, floor)
+                if tl.maximum(direct_in_tile, tl.max(direct_j.to(tl.int32), 0)) != 0:
+                    alpha_j = gradients_of(
+                        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, j, real_j,
+                        eps,
+                    )[0]  # fmt: skip
+                    gram = gram_tile(h_ptr, t0, j0, real_i, real_j, E, stride_ht, BLOCK_J, BLOCK_J, BLOCK_E, PRECISION)
+                    from_j = tl.where(direct_i[:, None] | direct_j[None, :], alpha_j[None, :], 0.0)
+                    weight = (alpha_i[:, None] + from_j) * gram
+                    h_j = load_rows(h_ptr, j0, stride_ht, real_j, out, E, BLOCK_J)
+                    grad = product(weight.to(DERIVED), h_j.to(DERIVED), grad, PRECISION)
+            grad = 2.0 * grad + load_rows(grad_h_ptr, row + t0, E, real_i, out, E, BLOCK_J).to(tl.float32)
+            store_rows(grad_h_ptr, row + t0, real_i, out, E, grad, BLOCK_J)

@@ -16,6 +16,9 @@ def tile_of_rows(
 
     A tile of padding alone meets no token, and so writes zeros. A tile of a sequence of ``threshold`` real tokens or
     more, unless LONG, or of fewer, if LONG, neither meets nor writes any. Without ``span_ptr`` a mask is read through.
+
+    Loops over what a tile meets count from 0: of one that counts from where a mask begins, Triton 3.7 loses how the
+    rows are aligned, and reads them an element at a time.
     """
     sequence, first = tile_of(program, cu_ptr, S, T, BLOCK)
     row = first_row(sequence, cu_ptr, T)

@@ -6,7 +6,7 @@ A program keeps the rows of its tile and meets every tile of the sequence; no Gr
 import triton
 import triton.language as tl
 
-from .importance import finish_if_last, gradients_of, store_share
+from .importance import finish_if_last, gradients_of, store_alpha, store_share
 from .row_energy_tile import clear_rows_of_none, tile_of_rows
 from .tiles import load_rows, product, real_tokens, store_rows
 
@@ -31,7 +31,9 @@ def row_energy_token_kernel(
     h_i = load_rows(h_ptr, i0, stride_ht, real_i, e, E, BLOCK_T)
 
     energy = tl.zeros((BLOCK_T,), tl.float32)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
+    j_first = begin // BLOCK_J * BLOCK_J
+    for step in range(0, stop - j_first, BLOCK_J):
+        j0 = j_first + step
         j = j0 + tl.arange(0, BLOCK_J)
         h_j = load_rows(h_ptr, j0, stride_ht, real_tokens(j, stop, row, mask_ptr), e, E, BLOCK_J)
         gram = product(h_i, h_j.trans(), tl.zeros((BLOCK_T, BLOCK_J), tl.float32), PRECISION)
@@ -49,7 +51,8 @@ def row_energy_token_kernel(
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
 def row_energy_token_backward_kernel(
     h_ptr, mask_ptr, span_ptr, cu_ptr,
-    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, grad_h_ptr,
+    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, alpha_ptr,
+    grad_h_ptr,
     S, T, E, threshold,
     stride_hb, stride_ht,
     eps,
@@ -70,18 +73,21 @@ def row_energy_token_backward_kernel(
         energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, i, real_i, eps
     )
 
-    grad = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
+    store_alpha(
+        alpha_ptr, mask_ptr, energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
+        row, begin, stop, eps,
+    )  # fmt: skip
+    grad = beta_i[:, None] * h_i.to(tl.float32)  # here, so that the loop does not hold the rows in registers too
+    j_first = begin // BLOCK_J * BLOCK_J
+    for step in range(0, stop - j_first, BLOCK_J):
+        j0 = j_first + step
         j = j0 + tl.arange(0, BLOCK_J)
         real_j = real_tokens(j, stop, row, mask_ptr)
-        alpha_j = gradients_of(
-            energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, j, real_j, eps
-        )[0]
+        alpha_j = tl.load(alpha_ptr + row + j, mask=real_j, other=0.0)
         h_j = load_rows(h_ptr, j0, stride_ht, real_j, e, E, BLOCK_J)
         gram = product(h_i, h_j.trans(), tl.zeros((BLOCK_T, BLOCK_J), tl.float32), PRECISION)
         weight = (alpha_i[:, None] + alpha_j[None, :]) * gram
         weight = tl.where(i[:, None] == j[None, :], 0.0, weight)
         grad = product(weight.to(DERIVED), h_j.to(DERIVED), grad, PRECISION)
 
-    grad = 2.0 * grad + (2.0 * beta_i)[:, None] * h_i.to(tl.float32)
-    store_rows(grad_h_ptr, row + i0, i < limit, e, E, grad, BLOCK_T)
+    store_rows(grad_h_ptr, row + i0, i < limit, e, E, 2.0 * grad, BLOCK_T)

@@ -6,7 +6,7 @@ The backward is cut into tiles of features too, and each makes the Gram tiles an
 import triton
 import triton.language as tl
 
-from .importance import finish_if_last, gradients_of, store_share
+from .importance import finish_if_last, gradients_of, store_alpha, store_share
 from .row_energy_tile import clear_rows_of_none, tile_of_rows
 from .tiles import load_rows, product, real_tokens, store_rows
 
@@ -35,7 +35,9 @@ def energy_of(
 ):  # fmt: skip
     """``Σ_{j≠i} G_ij²`` of the kept rows of a tile, over a sequence."""
     energy = tl.zeros((BLOCK_T,), tl.float32)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
+    j_first = begin // BLOCK_J * BLOCK_J
+    for step in range(0, stop - j_first, BLOCK_J):
+        j0 = j_first + step
         real_j = real_tokens(j0 + tl.arange(0, BLOCK_J), stop, row, mask_ptr)
         gram = gram_tile(h_ptr, i0, j0, keep_i, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
         energy += tl.sum(gram * gram, 1)
@@ -94,7 +96,8 @@ def row_energy_wide_kernel(
 @triton.jit
 def wide_backward_tile(
     program, out_tile, h_ptr, mask_ptr, span_ptr, cu_ptr,
-    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, grad_h_ptr,
+    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, alpha_ptr,
+    grad_h_ptr,
     S, T, E, threshold, stride_hb, stride_ht, eps,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_OUT: tl.constexpr,
     DERIVED: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,14 +112,18 @@ def wide_backward_tile(
     alpha_i, beta_i = gradients_of(
         energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, i, real_i, eps
     )
+    store_alpha(
+        alpha_ptr, mask_ptr, energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr,
+        row, begin, stop, eps,
+    )  # fmt: skip
 
     grad = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
-    for j0 in range(begin // BLOCK_J * BLOCK_J, stop, BLOCK_J):
+    j_first = begin // BLOCK_J * BLOCK_J
+    for step in range(0, stop - j_first, BLOCK_J):
+        j0 = j_first + step
         j = j0 + tl.arange(0, BLOCK_J)
         real_j = real_tokens(j, stop, row, mask_ptr)
-        alpha_j = gradients_of(
-            energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, row, j, real_j, eps
-        )[0]
+        alpha_j = tl.load(alpha_ptr + row + j, mask=real_j, other=0.0)
         gram = gram_tile(h_ptr, i0, j0, real_i, real_j, E, stride_ht, BLOCK_T, BLOCK_J, BLOCK_E, PRECISION)
         weight = (alpha_i[:, None] + alpha_j[None, :]) * gram
         h_j = load_rows(h_ptr, j0, stride_ht, real_j, out, E, BLOCK_J)
@@ -130,7 +137,8 @@ def wide_backward_tile(
 @triton.jit(do_not_specialize=["S", "T", "threshold"])
 def row_energy_wide_backward_kernel(
     h_ptr, mask_ptr, span_ptr, cu_ptr,
-    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, grad_h_ptr,
+    energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, alpha_ptr,
+    grad_h_ptr,
     S, T, E, threshold,
     stride_hb, stride_ht,
     eps,
@@ -142,7 +150,7 @@ def row_energy_wide_backward_kernel(
     clear_rows_of_none(grad_h_ptr, cu_ptr, S, T, tl.program_id(0), out, E, BLOCK_T)
     wide_backward_tile(
         tl.program_id(0), tl.program_id(1), h_ptr, mask_ptr, span_ptr, cu_ptr,
-        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, grad_h_ptr,
+        energy_ptr, norm_ptr, grad_energy_ptr, grad_norm_ptr, grad_loss_ptr, factor_ptr, alpha_ptr, grad_h_ptr,
         S, T, E, threshold, stride_hb, stride_ht, eps,
         BLOCK_T, BLOCK_J, BLOCK_E, BLOCK_OUT, DERIVED, PRECISION,
     )  # fmt: skip
