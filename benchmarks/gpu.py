@@ -108,6 +108,7 @@ def dense_losses() -> dict[str, dict[str, Loss]]:
     }
 
 
+MOST_OF_FLOAT32 = 1e14  # operations: half a minute a measurement
 LONGEST_STORED = 2048  # of A: a batch of 256 heads and its gradient take 4 GiB then, in 16 bits
 CASES = [
     *(Case.hidden("importance loss", roofline.B, T, roofline.E) for T in roofline.IMPORTANCE),
@@ -144,9 +145,13 @@ class Provider:
 # Ours first, then what takes longest to compile last: time may run out.
 PROVIDERS = [
     Provider("ours", "bfloat16"),
+    Provider("eager", "bfloat16"),
+    Provider("ours", "float32"),
+    Provider("eager", "float32"),
     Provider("ours padded", "bfloat16"),
-    *(Provider("ours", "float32", precision) for precision in ("highest", "high", "medium")),
-    *(Provider(loss, dtype) for loss in ("eager", "compiled", "algebra compiled") for dtype in DTYPES),
+    *(Provider(loss, "bfloat16") for loss in ("compiled", "algebra compiled")),
+    *(Provider("ours", "float32", precision) for precision in ("high", "medium")),
+    *(Provider(loss, "float32") for loss in ("compiled", "algebra compiled")),
     *(Provider(loss, "float32", "high") for loss in ("eager", "compiled")),
 ]
 DRY_PROVIDERS = [Provider("ours", "float32"), Provider("ours padded", "float32")]
@@ -154,7 +159,8 @@ DRY_PROVIDERS = [Provider("ours", "float32"), Provider("ours padded", "float32")
 
 def providers_of(case: Case, providers: Sequence[Provider] = PROVIDERS) -> Iterator[Provider]:
     own = ("eager", "compiled", "ours", "ours padded") if case.lengths else dense_losses()[case.kind]
-    return (provider for provider in providers if provider.loss in own)
+    dtypes = DTYPES if case.floor < MOST_OF_FLOAT32 else ("bfloat16",)
+    return (provider for provider in providers if provider.loss in own and provider.dtype in dtypes)
 
 
 @dataclass(frozen=True)

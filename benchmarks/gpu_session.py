@@ -2,6 +2,7 @@
 checker, benchmarks, a sweep over tiles.
 
     python benchmarks/gpu_session.py                     # writes benchmarks/results/gpu/<device>-<date>.json and .md
+    python benchmarks/gpu_session.py --parts tests benchmarks --minutes 6
     python benchmarks/gpu_session.py --dry-run --output /somewhere    # no GPU: tiny shapes in Triton's interpreter
 
 Each part has its share of the time and says what it left out. How it measures is in ``gpu.py``, which ``bench_gpu.py``
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,11 @@ from gpu import CASES, DRY_CASES, DRY_PROVIDERS, DTYPES, PROVIDERS, Case, Peaks,
 from safr_fast.kernels.timing import Timer
 
 HERE = Path(__file__).parent
-SHARES = {"tests": 0.3, "sanitizer": 0.1, "benchmarks": 0.3, "sweep": 0.3}  # of the time
-TESTS = ["-k", "triton", "--deselect", "tests/test_triton_compile.py", "tests"]
+SHARES = {"tests": 0.25, "sanitizer": 0.1, "benchmarks": 0.45, "sweep": 0.2}  # of the time
+TESTS = ["-n", "auto", "-k", "triton", "--deselect", "tests/test_triton_compile.py", "tests"]
 EDGES = ["-x", "tests/test_triton_workspace.py", "tests/test_triton_importance.py"]
 DRY_TESTS = ["tests/test_triton_product.py"]
-SECONDS_A_TRIAL = 0.2
+SECONDS_A_MEASUREMENT, SECONDS_A_TRIAL = 0.3, 0.2
 # What the sweep tries the configurations of, most telling first.
 SWEPT = [
     Case.query_key(32, 8, 2048, 64),
@@ -95,9 +97,17 @@ def run_tests(tests: Sequence[str], seconds: float, under: Sequence[str] = (), *
             os.killpg(run.pid, signal.SIGKILL)  # what it started too: nothing may go on beside the measurements
             run.wait()
         output.seek(0)
-        tail = output.read()[-3000:]
+        text = output.read()
+    tail = text[-3000:]
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", tail)}
-    return {"rc": rc, "seconds": time.perf_counter() - start, "counts": counts, "tail": tail}
+    return {"rc": rc, "seconds": time.perf_counter() - start, "counts": counts or progress(text), "tail": tail}
+
+
+def progress(text: str) -> dict[str, int]:
+    """What pytest had printed of its tests before it was cut off."""
+    letters = Counter("".join(re.findall(r"^([.FEsxX]+)(?: +\[ *\d+%\])?$", text, re.M)))
+    names = {".": "passed", "F": "failed", "E": "error", "s": "skipped"}
+    return {name: letters[letter] for letter, name in names.items() if letters[letter]}
 
 
 def run_sanitizer(seconds: float, dry: bool) -> dict[str, Any]:
@@ -130,11 +140,12 @@ def table(session: dict[str, Any]) -> str:
         cells[0] = cells[0] or row["why"].partition("\n")[0].replace("|", "/")[:60]
         shape = "×".join(map(str, row["shape"]))
         lines.append(f"| {row['kind']} | {shape} | {row['provider']} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| what the table has for | in | ms | best found, ms | best found |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    if session["sweep"]:
+        lines += [
+            "",
+            "| what the table has for | in | ms | best found, ms | best found |",
+            "| --- | --- | --- | --- | --- |",
+        ]
     for name in dict.fromkeys(row["name"] for row in session["sweep"]):
         tried = [row for row in session["sweep"] if row["name"] == name]
         timed = [row for row in tried if "ms" in row]
@@ -162,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter, on the CPU")
     parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES), help="by default all")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu")
     options = parser.parse_args()
     dry = options.dry_run
@@ -170,11 +182,16 @@ def main() -> None:
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"
     device = "cpu" if dry else "cuda"
-    seconds, start = 60 * options.minutes, time.perf_counter()
-    benchmarks_end = start + seconds * (1 - SHARES["sweep"])
-    tests = run_tests(DRY_TESTS if dry else TESTS, seconds * SHARES["tests"])
-    sanitizer = run_sanitizer(seconds * SHARES["sanitizer"], dry)
-    timer = Timer.of(torch.device(device))
+    start = time.perf_counter()
+    whole = sum(SHARES[part] for part in options.parts)
+    seconds = {part: 60 * options.minutes * SHARES[part] / whole for part in options.parts}
+    end = start + 60 * options.minutes
+    tests = sanitizer = {"why": "left out"}
+    if "tests" in seconds:
+        tests = run_tests(DRY_TESTS if dry else TESTS, seconds["tests"])
+    if "sanitizer" in seconds:
+        sanitizer = run_sanitizer(seconds["sanitizer"], dry)
+    timer = Timer.of(torch.device(device), SECONDS_A_MEASUREMENT)
     peaks = Peaks.measured(timer, device)
     options.output.mkdir(parents=True, exist_ok=True)
     session = {
@@ -185,13 +202,15 @@ def main() -> None:
         "tests": tests,
         "sanitizer": sanitizer,
         **dataclasses.asdict(peaks),
-        "cases": benchmarks(
-            DRY_CASES if dry else CASES, DRY_PROVIDERS if dry else PROVIDERS, timer, peaks, device, benchmarks_end
-        ),
+        "cases": [],
         "sweep": [],
     }
-    write(options.output, session)  # what comes next may end in the device's own failure
-    session["sweep"] = sweep(DRY_SWEPT if dry else SWEPT, device, options.output / "tuning", start + seconds)
+    if "benchmarks" in seconds:
+        cases, providers = (DRY_CASES, DRY_PROVIDERS) if dry else (CASES, PROVIDERS)
+        session["cases"] = benchmarks(cases, providers, timer, peaks, device, end - seconds.get("sweep", 0.0))
+        write(options.output, session)  # what comes next may end in the device's own failure
+    if "sweep" in seconds:
+        session["sweep"] = sweep(DRY_SWEPT if dry else SWEPT, device, options.output / "tuning", end)
     write(options.output, session)
     print(table(session))
     failed = any(part.get("rc") not in (0, None) for part in (tests, sanitizer))

@@ -16,11 +16,9 @@ from safr_fast.precision import matmul_precision
 
 WIDEST_ROW = 256  # features of a token that a program can keep, in 16 bits
 WIDEST_UNALIGNED_ROW = 128
-CACHED_BYTES = 48 << 20  # what about stays in the L2 cache of a large GPU
-WORKSPACE_BYTES = 256 << 20
+WORKSPACE_BYTES = 512 << 20  # on an H100, chunks that would stay in its L2 cache lose more to launches than they gain
 PROGRAMS = 256  # fill a large GPU twice; a constant, so that the order of sums does not depend on the device
 GRID_LIMIT = 65_535  # programs of a grid's second and third dimension
-FILLING_HEADS = 8  # where they do not fit the cache, enough of them to fill the GPU
 LONG = 192  # tokens beyond which larger tiles, read less often, gain more than a last one that is part empty costs
 ALIGNED = 16  # elements: what widths, strides and starts must be multiples of for several elements to be read at once
 
@@ -59,7 +57,7 @@ _CONFIGS = {
     ("quadratic_form", 16): Config(64, 32, 32, num_warps=8),
     ("quadratic_form", 32): Config(64, 64, 32),
     ("moment_backward", 16): Config(64, 64, 64, out=128, num_warps=8),
-    ("moment_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
+    ("moment_backward", 32): Config(64, 32, 32, out=32, num_warps=8),
     ("softmax", 16): Config(64, 64, 64),
     ("softmax", 32): Config(64, 64, 32, num_warps=8),
     ("interaction", 16): Config(64, 64, 64),
@@ -67,6 +65,7 @@ _CONFIGS = {
     ("query_key_gradient", 16): Config(64, 64, 128),
     ("query_key_gradient", 32): Config(64, 32, 32),
     ("interaction_block", 16): Config(64, 64, 64),
+    # No larger on sm_90: of 64 float32 rows made in registers Triton 3.6 gets products with fewer columns wrong.
     ("interaction_block", 32): Config(32, 32, 32),
     ("attention_block", 16): Config(64, 64, 64, num_warps=8),
     ("attention_block", 32): Config(32, 32, 32),
@@ -78,13 +77,19 @@ _CONFIGS = {
     ("moment_and_short_backward", 32): Config(32, 32, 32, out=64, num_warps=8),
 }
 _HOPPER = {
-    ("token", 16): Config(128, 128, WIDEST_ROW, num_warps=8),
+    ("token", 16): Config(128, 64, WIDEST_ROW, num_warps=8, num_stages=3),
+    ("token_backward", 16): Config(128, 64, WIDEST_ROW, num_warps=8),
+    ("moment", 16): Config(64, 0, 128, num_stages=3),
     ("moment", 32): Config(32, 0, 64, num_warps=8),
-    ("quadratic_form", 16): Config(64, 64, 64, num_warps=8),
-    ("interaction_block", 32): Config(64, 64, 32, num_warps=8),
+    ("quadratic_form", 16): Config(128, 64, 64, num_warps=8),
+    ("moment_backward", 16): Config(128, 64, 64, out=128, num_warps=8, num_stages=3),
+    ("moment_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
+    ("interaction", 16): Config(64, 64, 64, num_stages=3),
     ("attention_block", 16): Config(64, 64, 64),
     ("attention_block", 32): Config(64, 64, 64, num_warps=8),
-    ("moment_and_short", 16): Config(64, 64, 64, num_warps=8),
+    ("packed", 32): Config(64, 64, 16),
+    ("moment_and_short", 16): Config(64, 64, 64, num_stages=3),
+    ("moment_and_short_backward", 16): Config(64, 64, 64, out=128, num_warps=8, num_stages=3),
     ("moment_and_short", 32): Config(64, 64, 16, num_warps=8),
     ("moment_and_short_backward", 32): Config(64, 32, 16, out=64, num_warps=8, num_stages=3),
 }
@@ -94,20 +99,31 @@ _LONG = {
     ("softmax_long", 16): Config(128, 64, 64, num_warps=8),
     ("query_key_gradient_long", 16): Config(128, 64, 128, num_warps=8),
 }
+_LONG_BY_TMA = {
+    ("interaction_long", 16): Config(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),
+    ("softmax_long", 16): Config(128, 64, 64, num_stages=3),
+    ("query_key_gradient_long", 16): Config(128, 128, 128, num_warps=8, num_stages=3),
+}
 _OVERRIDES = {
     "ampere": {
+        ("interaction", 16): Config(64, 64, 64, num_warps=8),
         ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
         ("moment", 16): Config(64, 0, 64, num_warps=8),
+        ("quadratic_form", 32): Config(64, 32, 32),
+        ("moment_and_short_backward", 32): Config(32, 32, 32, out=32, num_warps=8),
     }
     | _LONG,
-    "hopper": _HOPPER | _LONG,
+    "hopper": _HOPPER | _LONG_BY_TMA,
     "blackwell": _HOPPER
     | {
+        ("packed", 32): Config(32, 32, 32),
         ("softmax", 32): Config(64, 64, 16, num_warps=8),
         ("interaction", 16): Config(64, 64, 64, num_warps=8),
         ("wide_backward", 16): Config(64, 64, 64, out=64, num_warps=8),
-        ("quadratic_form", 16): Config(64, 64, 32, num_warps=8),
+        ("quadratic_form", 16): Config(128, 64, 64, num_warps=8),
         ("quadratic_form", 32): Config(64, 32, 32),
+        ("moment_backward", 16): Config(128, 64, 64, out=64, num_warps=8, num_stages=3),
+        ("moment_backward", 32): Config(64, 32, 32, out=32, num_warps=8),
         ("moment", 16): Config(64, 0, 64, num_warps=8),
         ("moment_and_short", 16): Config(64, 64, 64),
         ("moment_and_short", 32): Config(32, 64, 32, num_warps=8),
@@ -149,7 +165,7 @@ _UNALIGNED = {
     ("quadratic_form", 16): Config(64, 32, 32),
     ("quadratic_form", 32): Config(64, 32, 16, num_warps=8),
     ("moment_backward", 16): Config(64, 32, 32, out=32, num_warps=8),
-    ("moment_backward", 32): Config(64, 32, 32, out=32, num_warps=8),
+    ("moment_backward", 32): Config(64, 32, 16, out=32, num_warps=8),
     ("softmax", 16): Config(64, 64, 32, num_warps=8),
     ("softmax", 32): Config(64, 32, 16, num_warps=8),
     ("softmax_long", 16): Config(128, 32, 16, num_warps=8),
@@ -160,9 +176,9 @@ _UNALIGNED = {
     ("interaction_block", 32): Config(32, 32, 16, num_warps=8),
     ("packed", 16): Config(64, 64, 32, num_warps=8),
     ("moment_and_short", 16): Config(64, 32, 32, num_warps=8),
-    ("moment_and_short", 32): Config(32, 32, 16),
+    ("moment_and_short", 32): Config(32, 16, 16),
     ("moment_and_short_backward", 16): Config(64, 32, 32, out=32),
-    ("moment_and_short_backward", 32): Config(64, 32, 16, out=32, num_warps=8),
+    ("moment_and_short_backward", 32): Config(32, 32, 16, out=32, num_warps=8),
 }
 
 
@@ -248,9 +264,8 @@ def moment_guard(dtype: torch.dtype, precision: str) -> float:
 
 def heads_of_a_chunk(heads: int, head_bytes: int, workspace_bytes: int | None = None) -> int:
     """How many heads share the interaction's workspace: as many as fit it, in chunks as equal as can be."""
-    if workspace_bytes is None:
-        workspace_bytes = max(CACHED_BYTES, min(WORKSPACE_BYTES, FILLING_HEADS * head_bytes))
-    chunks = -(-heads // min(max(workspace_bytes // head_bytes, 1), GRID_LIMIT))
+    room = (workspace_bytes or WORKSPACE_BYTES) // head_bytes
+    chunks = -(-heads // min(max(room, 1), GRID_LIMIT))
     return -(-heads // chunks)
 
 

@@ -83,10 +83,12 @@ def test_cases_are_those_of_the_roofline_with_its_floors() -> None:
 def test_providers_are_those_of_the_cpu_and_bfloat16() -> None:
     names = [provider.name for provider in gpu.providers_of(gpu.Case.hidden("row energy", 1, 8, 4))]
     assert names == [
-        "ours bfloat16", "ours float32 highest", "ours float32 high", "ours float32 medium", "eager bfloat16",
-        "eager float32", "compiled bfloat16", "compiled float32", "algebra compiled bfloat16",
+        "ours bfloat16", "eager bfloat16", "ours float32 highest", "eager float32", "compiled bfloat16",
+        "algebra compiled bfloat16", "ours float32 high", "ours float32 medium", "compiled float32",
         "algebra compiled float32", "eager float32 high", "compiled float32 high",
     ]  # fmt: skip
+    longest = gpu.Case.query_key(32, 8, 8192, 64)
+    assert {provider.dtype for provider in gpu.providers_of(longest)} == {"bfloat16"}
     names = [provider.name for provider in gpu.providers_of(gpu.Case.attention(1, 1, 8))]
     assert not any("algebra" in name for name in names)
     names = [provider.name for provider in gpu.providers_of(gpu.Case.packed_query_key([5, 3], 2, 4))]
