@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,16 +110,17 @@ def test_devices_that_are_not_there_are_named(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("device", "gpus"), [("auto", 2), ("cuda", 2), ("cuda:1", 1)])
-def test_processes_that_would_share_a_gpu_are_told_how_many_there_may_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int
+@pytest.mark.parametrize(("others", "shared"), [(["A", "A"], "1 GPU,"), (["A", "B"], "2 GPUs,")])
+def test_processes_that_would_share_a_gpu_are_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[str], shared: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="A"))
     monkeypatch.setattr(settings, "by_nccl", lambda: True)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(RunError, match=f"3 processes on this machine would share {gpus} GPU.* start {gpus} by --nproc"):
-        train(TrainConfig(device=device, out=tmp_path / "run"))
+    monkeypatch.setattr(settings, "of_each_process", lambda gpu: [gpu, *others])
+    with pytest.raises(RunError, match=f"3 processes would share {shared}.* start one process a GPU"):
+        train(TrainConfig(device="auto", out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

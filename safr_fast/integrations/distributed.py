@@ -83,9 +83,9 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_count() -> int:
-    """Processes that ``torchrun`` started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def of_each_process(value: Value) -> list[Value]:
+    """Each process's value, in a group that is there."""
+    return Processes(dist.get_rank(), dist.get_world_size()).gather(value)
 
 
 def by_nccl() -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from safr_fast.integrations.distributed import by_nccl, local_count, local_rank
+from safr_fast.integrations.distributed import by_nccl, local_rank, of_each_process
 from safr_fast.training.config import TrainConfig
 from safr_fast.training.errors import RunError
 
@@ -22,7 +22,7 @@ def settings(config: TrainConfig) -> Iterator[torch.device]:
     """The run's device; its threads and random numbers, which are the caller's own again afterwards."""
     device = choose_device(config.device)
     if device.type == "cuda" and by_nccl():
-        _check_shares(torch.cuda.device_count() if config.device in ("auto", "cuda") else 1)
+        _check_none_is_shared(of_each_process(str(torch.cuda.get_device_properties(device).uuid)))
     threads = torch.get_num_threads()
     try:
         if config.threads is not None:
@@ -50,12 +50,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check_shares(gpus: int) -> None:
-    """NCCL refuses a GPU of two processes too, but not in words that say what to do."""
-    if local_count() > gpus:
+def _check_none_is_shared(gpus: list[str]) -> None:
+    """``gpus``: each process's. NCCL refuses one of two processes too, but not in words that say what to do."""
+    count = len(set(gpus))
+    if count < len(gpus):
         raise RunError(
-            f"{local_count()} processes on this machine would share {gpus} GPU{'s' * (gpus > 1)}, which NCCL does not "
-            f"do: start {gpus} by --nproc-per-node, or use --device cpu"
+            f"{len(gpus)} processes would share {count} GPU{'s' * (count > 1)}, which NCCL does not do: start one "
+            "process a GPU by --nproc-per-node, with --device auto, or use --device cpu"
         )
 
 
