@@ -113,7 +113,9 @@ def score_gradient_kernel(
     attention_scale, pair_scale,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``∂L/∂s_ij = A_ij (g_ij − Σ_j A_ij g_ij)`` with ``g = −φ(G) − M A``, where φ of the diagonal is.
+    """``∂L/∂s_ij = A_ij (g_ij − Σ_j A_ij g_ij)`` with ``g = −φ(G) − M A``.
+
+    A tile on the diagonal replaces φ, which its own program alone reads.
 
     No entry exceeds its row's term, so a power of 2 for each tile of rows, to (heads, tiles), keeps it in 16 bits.
     With ``two_tiles_desc`` a program makes two neighbouring tiles, wherever both are real; not if causal, as the second
@@ -170,6 +172,7 @@ def query_gradient_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``∂L/∂q_i = scale · Σ_j ∂L/∂s_ij k_j``"""
+    tl.static_assert(BLOCK % BLOCK_K == 0)
     i_tile = tl.program_id(0)
     i0 = i_tile * BLOCK
     local_head = tl.program_id(2).to(tl.int64)
@@ -206,6 +209,7 @@ def key_gradient_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``∂L/∂k_j = scale · Σ_i ∂L/∂s_ij q_i`` of one query head."""
+    tl.static_assert(BLOCK % BLOCK_K == 0)
     j0 = tl.program_id(0) * BLOCK
     local_head = tl.program_id(2).to(tl.int64)
     sample, head = (head0 + local_head) // H, (head0 + local_head) % H

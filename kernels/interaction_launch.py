@@ -80,6 +80,7 @@ class Workspace:
         head_bytes = matrices * self.pitch**2 * arithmetic.matrix.itemsize
         self.heads = configs.heads_of_a_chunk(batch * self.H, head_bytes, workspace_bytes)
         matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
+        # grad: φ of the tiles on the diagonal, each until the program that has read it writes ∂L/∂s there
         self.attention, self.pair, self.grad = matrix if need_grad else (*matrix, None, None)
         self.attention_tiles, self.pair_tiles = self.descriptors(self.attention), self.descriptors(self.pair)
         self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
@@ -269,7 +270,7 @@ def _launch_query_and_key_gradient(
     grid = (work.tiles, triton.cdiv(D, config.features), heads)
     options = {
         "BLOCK": work.config.rows,
-        "BLOCK_K": config.columns,
+        "BLOCK_K": min(config.columns, work.config.rows),  # a power of 2 for each tile of rows
         "BLOCK_D": config.features,
         "IS_CAUSAL": work.is_causal,
         "PRECISION": work.arithmetic.precision,

@@ -141,7 +141,7 @@ def packed_score_gradient_kernel(
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a strip of ``∂L/∂s``, in place of φ, as in ``interaction_gradient``."""
+    """One tile of a strip of ``∂L/∂s``, in place of φ; the formula is in ``interaction_gradient``."""
     j_tile, local_strip = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, slot = (strip0 + local_strip) // slots, ((strip0 + local_strip) % slots).to(tl.int32)
     sequence, i0 = tile_of(slot, cu_ptr, S, N, BLOCK)

@@ -61,8 +61,9 @@ def add_direct(
 
     A row i that cancelled gets all of it, ``w_ij = α_i + α_j``; any other what it receives from such rows j,
     ``w_ij = α_j``, since they are not in its ``S_α``. ``found_ptr`` tells how many of the sequence did, in shares. What
-    the program stored is read again, so that it need not be kept here.
+    the program stored is read again, so that it need not be kept here: 16-bit gradients are then rounded twice.
     """
+    tl.static_assert(BLOCK_T % BLOCK_J == 0)
     share = tl.arange(0, MOST_SHARES)
     found = tl.load(found_ptr + share, mask=share < shares, other=0)
     if tl.sum(found, 0) != 0:

@@ -283,8 +283,7 @@ def interaction_loss(
         exclude_diagonal: set the diagonal of G to 0, as the released code does.
         reduction: ``"mean"`` over samples and heads, ``"sum"`` over both, or ``"none"``.
         workspace_bytes: of ``"triton"``: what the T×T matrices of the heads in work may take at a time, though never
-            less than one head's. If None, 48 MiB or, where eight heads need more, what they need up to 256 MiB.
-            Shows in no bit of the result.
+            less than one head's. 512 MiB if None. Shows in no bit of the result.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:
@@ -335,7 +334,7 @@ def interaction_loss_from_qk(
         max_seqlen: tokens that no packed sequence exceeds; N if None. "triton" works in strips of that width, and in
             more launches the fewer of them fit the workspace; shows in no bit of the result. A longer sequence raises
             on the CPU; "triton", which would have to wait for the device, makes its loss NaN.
-        workspace_bytes: as for :func:`interaction_loss`; if None, 256 MiB for packed input.
+        workspace_bytes: as for :func:`interaction_loss`.
         impl: back end, see :mod:`safr_fast.functional`.
 
     Returns:

@@ -90,6 +90,8 @@ def test_matrices_are_the_same_read_by_descriptors(rows: int, is_causal: bool) -
         def choose(
             kernel: str, bits: int, width: int, found: configs.Config, descriptors: bool = descriptors
         ) -> configs.Config:
+            if kernel == "query_key_gradient":  # more columns than a tile has are not taken
+                return replace(found, columns=128)
             return replace(found, rows=rows, descriptors=descriptors) if kernel == "interaction" else found
 
         with configs.choosing(choose):
