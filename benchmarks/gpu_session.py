@@ -36,6 +36,7 @@ SHARES = {"tests": 0.25, "sanitizer": 0.1, "benchmarks": 0.45, "sweep": 0.2}  # 
 TESTS = ["-n", "auto", "-k", "triton", "--deselect", "tests/test_triton_compile.py", "tests"]
 EDGES = ["-x", "tests/test_triton_workspace.py", "tests/test_triton_importance.py"]
 DRY_TESTS = ["tests/test_triton_product.py"]
+NO_TIME = "no time left"
 SECONDS_A_MEASUREMENT, SECONDS_A_TRIAL = 0.3, 0.2
 # What the sweep tries the configurations of, most telling first.
 SWEPT = [
@@ -55,7 +56,7 @@ def benchmarks(
     rows = []
     for provider in providers:
         for case in [case for case in cases if provider in providers_of(case, providers)]:
-            row = {"why": "no time left"}
+            row = {"why": NO_TIME}
             if time.perf_counter() < stop_at:
                 row = measure(case, provider, timer, peaks, device)
             rows.append({"kind": case.kind, "shape": case.shape, "provider": provider.name} | row)
@@ -100,7 +101,8 @@ def run_tests(tests: Sequence[str], seconds: float, under: Sequence[str] = (), *
         text = output.read()
     tail = text[-3000:]
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", tail)}
-    return {"rc": rc, "seconds": time.perf_counter() - start, "counts": counts or progress(text), "tail": tail}
+    result = {"rc": rc, "seconds": time.perf_counter() - start, "counts": counts or progress(text)}
+    return result | ({"tail": tail} if rc else {})  # what failed
 
 
 def progress(text: str) -> dict[str, int]:
@@ -134,12 +136,18 @@ def table(session: dict[str, Any]) -> str:
         "| loss | shape | provider | ms | as a graph | TFLOP/s | of matmul | of copy | peak, MiB | error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    unmeasured = Counter(row["provider"] for row in session["cases"] if row.get("why") == NO_TIME)
     for row in session["cases"]:
+        if row.get("why") == NO_TIME:
+            continue
         names = ("ms", "graph_ms", "tflops", "fraction_of_matmul", "fraction_of_copy", "peak_mib", "error")
         cells = ["" if row.get(name) is None else f"{row[name]:.3g}" for name in names]
         cells[0] = cells[0] or row["why"].partition("\n")[0].replace("|", "/")[:60]
         shape = "×".join(map(str, row["shape"]))
         lines.append(f"| {row['kind']} | {shape} | {row['provider']} | {' | '.join(cells)} |")
+    if unmeasured:
+        missing = ", ".join(f"{count} of {name}" for name, count in unmeasured.items())
+        lines += ["", f"There was no time left for cases of these: {missing}."]
     if session["sweep"]:
         lines += [
             "",
