@@ -3,7 +3,7 @@
 import formulas
 import pytest
 import torch
-from comparison import compare, gradient_provider
+from comparison import compare, gradient_provider, gradient_providers
 from formulas import compiled
 from ragged import SAMPLES, Layout, imdb_lengths
 from torch import Tensor
@@ -26,9 +26,15 @@ def bench_importance_loss(benchmark) -> None:
 
     providers = [
         gradient_provider("ours packed", packed["ours"], [h[layout.mask]], packed["eager"]),
-        gradient_provider("ours padded", lambda h: sf.importance_loss(h, layout.mask), [h], plain),
-        gradient_provider("eager", plain, [h], plain),
-        gradient_provider("compiled", lambda h: compiled(formulas.masked_importance)(h, layout.mask), [h], plain),
+        *gradient_providers(
+            {
+                "ours padded": lambda h: sf.importance_loss(h, layout.mask),
+                "eager": plain,
+                "compiled": lambda h: compiled(formulas.masked_importance)(h, layout.mask),
+            },
+            [h],
+            plain,
+        ),
     ]
     compare(benchmark, providers, sum(formulas.row_energy_floor(n, WIDTH) for n in lengths))
 
@@ -50,9 +56,15 @@ def bench_interaction(benchmark) -> None:
 
     providers = [
         gradient_provider("ours packed", packed["ours"], tokens, packed["eager"]),
-        gradient_provider("ours padded", lambda q, k: sf.interaction_loss_from_qk(q, k, layout.mask), [q, k], plain),
-        gradient_provider("eager", plain, [q, k], plain),
-        gradient_provider("compiled", lambda q, k: compiled(masked)(q, k, layout.mask), [q, k], plain),
+        *gradient_providers(
+            {
+                "ours padded": lambda q, k: sf.interaction_loss_from_qk(q, k, layout.mask),
+                "eager": plain,
+                "compiled": lambda q, k: compiled(masked)(q, k, layout.mask),
+            },
+            [q, k],
+            plain,
+        ),
     ]
     compare(benchmark, providers, sum(formulas.interaction_floor(n, HEADS, HEAD_WIDTH) for n in lengths))
 

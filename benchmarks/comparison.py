@@ -1,8 +1,10 @@
 """One way of comparing: correct first, then timed side by side in one run; medians; the answer in ``extra_info``."""
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -18,30 +20,6 @@ ROUNDS = 3, 25  # at least, at most
 
 Loss = Callable[..., Tensor]
 Step = Callable[[], Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A way of computing something: ``step`` gives what ``expected``, in float64, is held against.
-
-    ``results`` does, where the step is timed for more than it gives.
-    """
-
-    name: str
-    step: Step
-    expected: Sequence[Tensor]
-    precision: str = "highest"
-    results: Step | None = None
-
-    def run(self) -> Sequence[Tensor]:
-        torch.set_float32_matmul_precision(self.precision)
-        return self.step()
-
-    def error(self) -> float:
-        """Largest relative error, in the Euclidean norm."""
-        torch.set_float32_matmul_precision(self.precision)
-        found = (self.results or self.step)()
-        return max(relative_error(r, e) for r, e in zip(found, self.expected, strict=True))
 
 
 @dataclass
@@ -62,20 +40,84 @@ class Measured:
     """over the first provider's time, the median of the rounds' ratios"""
 
 
+@dataclass(frozen=True)
+class Provider:
+    """A way of computing something: ``step`` gives what ``expected``, in float64, is held against.
+
+    ``results`` does, where the step is timed for more than it gives. ``warm_up``: its first call takes memory that
+    later ones do not, to compile or to keep.
+    """
+
+    name: str
+    step: Step
+    expected: Sequence[Tensor]
+    precision: str = "highest"
+    results: Step | None = None
+    warm_up: bool = True
+
+    def run(self) -> Sequence[Tensor]:
+        torch.set_float32_matmul_precision(self.precision)
+        return self.step()
+
+    def error(self, given: Sequence[Tensor] = ()) -> float:
+        """Largest relative error, in the Euclidean norm, of what the step gives or, just now, has given."""
+        torch.set_float32_matmul_precision(self.precision)
+        found = given or (self.results or self.step)()
+        return max(relative_error(r, e) for r, e in zip(found, self.expected, strict=True))
+
+    def first_calls(self) -> tuple[Measured, float]:
+        """Its error and memory, from as few calls as tell them, since long cases take minutes; seconds of the last."""
+        found: list[Tensor] = []
+
+        def call() -> None:
+            found.clear()
+            found.extend(self.run())
+
+        if self.warm_up:
+            call()
+        start = time.perf_counter()
+        peak = peak_beyond_now(call)
+        seconds = time.perf_counter() - start
+        return Measured(self.error(() if self.results else found), peak), seconds
+
+
 def gradients(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     return torch.autograd.grad(loss(*leaves), leaves)
 
 
-def gradient_provider(
-    name: str, loss: Loss, inputs: Sequence[Tensor], oracle: Loss, precision: str = "highest"
-) -> Provider:
+def gradient_provider(name: str, loss: Loss, inputs: Sequence[Tensor], oracle: Loss) -> Provider:
     """Forward and backward of ``loss``, held against ``oracle`` in float64."""
-    return Provider(name, lambda: gradients(loss, inputs), exact_gradients(oracle, inputs), precision)
+    return gradient_providers({name: loss}, inputs, oracle)[0]
+
+
+def gradient_providers(losses: Mapping[str, Loss], inputs: Sequence[Tensor], oracle: Loss) -> list[Provider]:
+    """The same of several, which share what the oracle gives."""
+    exact = exact_gradients(oracle, inputs)
+    return [
+        Provider(name, lambda loss=loss: gradients(loss, inputs), exact, warm_up=loss is not oracle)
+        for name, loss in losses.items()
+    ]
 
 
 def exact_gradients(oracle: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return gradients(oracle, [x.double() for x in inputs])
+    with every_processor():
+        return gradients(oracle, [x.double() for x in inputs])
+
+
+@contextmanager
+def every_processor() -> Iterator[None]:
+    """For what is not timed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(usable_cpus()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def usable_cpus() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -128,14 +170,10 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
     measured, seconds = {}, {}
     once = 0.0
     for provider in providers:
-        error = provider.error()  # compiled, threads started
-        if provider.results:
-            provider.run()
-        start = time.perf_counter()
-        measured[provider.name] = Measured(error, peak_beyond_now(provider.run))
-        if error < WRONG:
+        measured[provider.name], last = provider.first_calls()
+        if measured[provider.name].error < WRONG:
             seconds[provider.name] = []
-            once += time.perf_counter() - start
+            once += last
     subject = providers[0]
     assert subject.name in seconds, f"{subject.name} is wrong: error {measured[subject.name].error:.1e}"
     rivals = [provider for provider in providers[1:] if provider.name in seconds]

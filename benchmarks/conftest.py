@@ -2,6 +2,7 @@ import platform
 
 import pytest
 import torch
+from comparison import usable_cpus
 
 import safr_fast as sf
 
@@ -9,22 +10,16 @@ import safr_fast as sf
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info.pop("node", None)
     machine_info["torch"] = torch.__version__
-    machine_info["cpus"] = len(_usable_cpus())
+    machine_info["cpus"] = len(usable_cpus())
     machine_info["platform"] = f"{platform.system()} {platform.machine()}"
     machine_info["backends"] = {backend.name: backend.detail for backend in sf.available_backends()}
-
-
-def _usable_cpus() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest):
     """One, unless a benchmark is parametrised otherwise."""
     count = getattr(request, "param", 1)
-    if count > len(_usable_cpus()):
+    if count > len(usable_cpus()):
         pytest.skip(f"needs {count} processors")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
