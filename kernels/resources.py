@@ -1,8 +1,9 @@
 """What every kernel takes of GPUs that need not be here: compiled ahead of time at its configuration, and read back.
 
-``python -m safr_fast.kernels.resources`` writes RESOURCES.md beside this file; with the name of a target it prints that
-target's kernels as JSON. The launchers themselves run on fake tensors, and what they would launch is compiled, with
-their tiles and their specialisations. That needs a process in which Triton does not interpret.
+``python -m safr_fast.kernels.resources`` writes RESOURCES.md beside this file; with the name of a target, and how many
+of its arithmetics, it prints that target's kernels as JSON. The launchers themselves run on fake tensors, and what they
+would launch is compiled, with their tiles and their specialisations. That needs a process in which Triton does not
+interpret.
 """
 
 import importlib.metadata
@@ -30,9 +31,10 @@ ARITHMETIC = (
 HEADER = """# What the kernels take of a GPU
 
 Compiled ahead of time with Triton {triton}; nothing here was run. Written by `python -m safr_fast.kernels.resources`,
-held against the compiler by `tests/test_triton_compile.py`. *tiles*: tokens × tokens or features that a program works
-on at a time; *registers* of a thread; *spills*: what of them goes to memory; *programs*: how many a streaming
-multiprocessor (gfx942: compute unit) holds at a time; *matrix*: the best matrix instruction in the code.
+held against the compiler by `tests/test_triton_compile.py`, but for sm_100 and, on sm_80 and gfx942, for float16,
+`high` and `medium`. *tiles*: tokens × tokens or features that a program works on at a time; *registers* of a thread;
+*spills*: what of them goes to memory; *programs*: how many a streaming multiprocessor (gfx942: compute unit) holds at a
+time; *matrix*: the best matrix instruction in the code.
 interaction_gram, score_gradient and attention_gradient in three stages read by TMA, which tuning tries too.
 """
 TILES = ("BLOCK", "BLOCK_T", "BLOCK_J", "BLOCK_K", "BLOCK_E", "BLOCK_D", "BLOCK_OUT")
@@ -247,7 +249,7 @@ def section(kernels: list[Resources], target: Target) -> str:
 
 def compiled_elsewhere(target: Target) -> list[Resources]:
     """:func:`compile_for` in a process of its own, in which Triton compiles whatever this one does."""
-    command = [sys.executable, "-m", "safr_fast.kernels.resources", target.name]
+    command = [sys.executable, "-m", "safr_fast.kernels.resources", target.name, str(len(target.arithmetic))]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"compiling for {target.name} failed:\n{run.stderr[-4000:]}")
@@ -265,6 +267,8 @@ def write_table() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps([asdict(kernel) for kernel in compile_for(TARGETS[sys.argv[1]])]))
+        asked = TARGETS[sys.argv[1]]
+        asked = replace(asked, arithmetic=asked.arithmetic[: int(sys.argv[2])])
+        print(json.dumps([asdict(kernel) for kernel in compile_for(asked)]))
     else:
         write_table()
