@@ -68,15 +68,12 @@ class Provider:
     def first_calls(self) -> tuple[Measured, float]:
         """Its error and memory, from as few calls as tell them, since long cases take minutes; seconds of the last."""
         found: list[Tensor] = []
-
-        def call() -> None:
-            found.clear()
-            found.extend(self.run())
-
         if self.warm_up:
-            call()
+            self.run()
         start = time.perf_counter()
-        peak = peak_beyond_now(call)
+        peak = peak_beyond_now(lambda: found.extend(self.run()))
+        if not found:  # where the system does not tell its memory
+            found.extend(self.run())
         seconds = time.perf_counter() - start
         return Measured(self.error(() if self.results else found), peak), seconds
 

@@ -29,7 +29,8 @@ def all_providers(
     one_thread = torch.get_num_threads() == 1
 
     def provider(name: str, loss: Loss, precision: str = "highest") -> Provider:
-        return Provider(name, lambda: gradients(loss, inputs), exact, precision, warm_up=loss is not plain)
+        warm_up = loss is not plain or precision != "highest"
+        return Provider(name, lambda: gradients(loss, inputs), exact, precision, warm_up=warm_up)
 
     providers = [provider(f"ours {precision}", ours, precision) for precision in precisions()]
     providers.append(provider("eager", plain))
@@ -38,8 +39,7 @@ def all_providers(
         exact_of_rounded = exact_gradients(plain, rounded)
         providers.append(Provider("ours bfloat16", lambda: gradients(ours, rounded), exact_of_rounded))
         if one_thread:
-            eager = Provider("eager bfloat16", lambda: gradients(plain, rounded), exact_of_rounded, warm_up=False)
-            providers.append(eager)
+            providers.append(Provider("eager bfloat16", lambda: gradients(plain, rounded), exact_of_rounded))
     if one_thread:
         providers += [provider(f"eager {precision}", plain, precision) for precision in precisions()[1:]]
         providers.append(provider("compiled", compiled(plain, dynamic)))

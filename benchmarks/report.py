@@ -31,7 +31,7 @@ def condensed(raw: Run) -> Run:
     cpp = next((detail for name, detail in machine["backends"].items() if name == "cpp"), "")
     level = re.search(r"level (\w+)", cpp)
     return {
-        "machine": machine["cpu"].get("brand_raw", machine["processor"]),
+        "machine": _machine(machine),
         "cpus": machine["cpus"],
         "level": level[1] if level else "none",
         "versions": {"torch": machine["torch"], "python": machine["python_version"], "platform": machine["platform"]},
@@ -42,6 +42,13 @@ def condensed(raw: Run) -> Run:
             for bench in raw["benchmarks"]
         ],
     }
+
+
+def _machine(info: dict[str, Any]) -> str:
+    """Brand and, where it is told, the family and model that say which of the brand's processors it is."""
+    cpu = info["cpu"]
+    brand = cpu.get("brand_raw", info["processor"])
+    return f"{brand} (family {cpu['family']}, model {cpu['model']})" if {"family", "model"} <= cpu.keys() else brand
 
 
 def name_of(run: Run) -> str:
@@ -66,10 +73,10 @@ def page(runs: Sequence[tuple[str, Run]]) -> str:
         "rounds' ratios. Before anything is timed, results are held against float64: the error is the largest",
         "relative one, and a provider beyond 5 % is not timed. `of matmul`: operations of the cheapest known exact",
         "algorithm a second, over what `torch.mm` reaches in the same process. Memory is resident memory at the",
-        "peak, beyond what was there before; ours keeps at most 8 MiB a thread from one call to the next, which were",
-        f"there. Cases that take long are medians of {ROUNDS[0]} rounds, others of up to {ROUNDS[1]}. The allocator is",
-        "the system's as it comes. [What limits them](benchmarks/LIMITS.md) has profiles, and what the allocator",
-        "costs.",
+        "peak, beyond what was there before, of a provider's second call, eager float32's first; ours keeps at most",
+        "8 MiB a thread from one call to the next, which were there. Cases that take long are medians of",
+        f"{ROUNDS[0]} rounds, others of up to {ROUNDS[1]}. The allocator is the system's as it comes.",
+        "[What limits them](benchmarks/LIMITS.md) has profiles, and what the allocator costs.",
         "",
     ]
     for name, run in runs:
