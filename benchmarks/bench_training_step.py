@@ -82,7 +82,8 @@ class Training:
             with every_processor():
                 self._exact[exact, dtype] = results(exact, torch.float64)
         # Adam's state is there after the first provider's first step.
-        return Provider(name, step, self._exact[exact, dtype], precision, lambda: results(loss, None), loss is ours)
+        warm_up = loss is ours or precision != "highest"
+        return Provider(name, step, self._exact[exact, dtype], precision, lambda: results(loss, None), warm_up)
 
 
 @pytest.mark.parametrize("length", [512, 1024])
