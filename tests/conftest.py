@@ -1,5 +1,10 @@
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+
+# Read when numpy and torch are imported: threads of several workers wait for each other on the cores they share.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -7,6 +12,10 @@ import torch
 # Triton reads this at import: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        import interpreted
+
+        interpreted.make_quick()
 
 
 @pytest.fixture
