@@ -18,6 +18,11 @@ if not torch.cuda.is_available():
         interpreted.make_quick()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes goes first, lest one worker be at it when the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_triton_compile.py")
+
+
 @pytest.fixture
 def uninitialised_is_nan() -> Iterator[None]:
     """What is read before it is written shows, whatever lay in memory."""
