@@ -24,8 +24,8 @@ def rows_of_product(kernel: "resources.Resources") -> int:
     return int(tiles[-1 if kernel.kernel in ("moment", "weighted_moment") else 0])  # hᵀh has features for rows
 
 
-# Compiling takes long: of the arithmetics those with all kernels, both for the chip that they are tuned for. Writing the
-# table compiles the others.
+# Compiling takes long: of the two arithmetics with all kernels both for the chip that they are tuned for, elsewhere the
+# first. Writing the table compiles the others.
 @pytest.mark.parametrize(("name", "arithmetics"), [("sm_90", 2), ("sm_80", 1), ("sm_100", 1), ("gfx942", 1)])
 def test_kernels_compile_to_matrix_instructions_without_spills(name: str, arithmetics: int) -> None:
     target = resources.TARGETS[name]
