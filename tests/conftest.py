@@ -1,6 +1,6 @@
+import contextlib
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 # Read when numpy and torch are imported: threads of several workers wait for each other on the cores they share.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,7 +12,7 @@ import torch
 # Triton reads this at import: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if find_spec("triton"):
+    with contextlib.suppress(ImportError):
         import interpreted
 
         interpreted.make_quick()

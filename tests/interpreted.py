@@ -18,7 +18,7 @@ one_by_one = interpreter.ReduceOps.generic_reduce
 
 
 def by_halves(self: Any, inputs: Any) -> Any:
-    """``tl.reduce`` with a combination of its own, half by half as a GPU does it, not one element after another."""
+    """``tl.reduce`` with an elementwise, commutative combination of its own: as a tree, not element after element."""
     if self.axis is None or self.keep_dims:
         return one_by_one(self, inputs)
     parts = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
@@ -28,7 +28,8 @@ def by_halves(self: Any, inputs: Any) -> Any:
             for half in (slice(length // 2), slice(length // 2, length))
             for part, x in zip(parts, inputs, strict=True)
         ]
-        parts = [combined.handle.data for combined in self.combine_fn.fn(*halves)]
+        combined = self.combine_fn.fn(*halves)
+        parts = [x.handle.data for x in (combined if isinstance(combined, tuple) else (combined,))]
     return [self.to_tensor(part[0], x.dtype) for part, x in zip(parts, inputs, strict=True)]
 
 

@@ -62,14 +62,19 @@ def device_of(backend: str) -> str:
 
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[str]:
-    """The ``impl`` that stands for ``backend``, with the instruction-set level in force while inside."""
+    """The ``impl`` that stands for ``backend``, with the instruction-set level in force while inside.
+
+    Of the C++ kernels two threads share the work, however many a worker of the tests has.
+    """
     impl, _, isa = backend.partition(":")
-    before = os.environ.get(ISA_VARIABLE)
+    before, threads = os.environ.get(ISA_VARIABLE), torch.get_num_threads()
     if isa:
         os.environ[ISA_VARIABLE] = isa
+        torch.set_num_threads(max(2, threads))
     try:
         yield impl
     finally:
+        torch.set_num_threads(threads)
         if before is None:
             os.environ.pop(ISA_VARIABLE, None)
         else:

@@ -344,7 +344,7 @@ def test_the_callers_threads_and_random_numbers_are_left_as_they_were(tmp_path: 
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    run(tmp_path / "run", epochs=1, threads=1)
+    run(tmp_path / "run", epochs=1, threads=threads + 1)
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == threads
 

@@ -24,8 +24,7 @@ def rows_of_product(kernel: "resources.Resources") -> int:
     return int(tiles[-1 if kernel.kernel in ("moment", "weighted_moment") else 0])  # hᵀh has features for rows
 
 
-# Compiling takes long: of the two arithmetics with all kernels both for the chip that they are tuned for, elsewhere the
-# first. Writing the table compiles the others.
+# Compiling takes long. Two arithmetics have all kernels: both for the chip that those are tuned for, elsewhere one.
 @pytest.mark.parametrize(("name", "arithmetics"), [("sm_90", 2), ("sm_80", 1), ("sm_100", 1), ("gfx942", 1)])
 def test_kernels_compile_to_matrix_instructions_without_spills(name: str, arithmetics: int) -> None:
     target = resources.TARGETS[name]
@@ -46,6 +45,18 @@ def test_kernels_compile_to_matrix_instructions_without_spills(name: str, arithm
         committed = {row for row in committed_rows(name) if row.split(" | ")[1] in map(arithmetic, target.arithmetic)}
         compiled = {row for row in resources.section(kernels, target).splitlines() if row.startswith("| ")}
         assert compiled - HEADS == committed, "run `python -m safr_fast.kernels.resources`"
+
+
+@pytest.mark.parametrize("name", resources.TARGETS)
+def test_no_kernel_of_the_table_spills_or_goes_beyond_the_chip(name: str) -> None:
+    """Of the arithmetics that are compiled when the table is written alone too."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in committed_rows(name)]
+    assert {row[1] for row in rows} == set(map(arithmetic, resources.TARGETS[name].arithmetic))
+    for kernel, _, _, _, _, spills, shared, programs, matrix in rows:
+        assert int(spills) == 0, kernel
+        assert float(shared) * 1024 <= resources.TARGETS[name].program_shared, kernel
+        assert int(programs) >= 1, kernel
+        assert matrix or kernel in WITHOUT_PRODUCTS, kernel
 
 
 def arithmetic(dtype_and_precision: tuple[str, str]) -> str:
