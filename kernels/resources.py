@@ -31,10 +31,10 @@ ARITHMETIC = (
 HEADER = """# What the kernels take of a GPU
 
 Compiled ahead of time with Triton {triton}; nothing here was run. Written by `python -m safr_fast.kernels.resources`,
-held against the compiler by `tests/test_triton_compile.py`: bfloat16 and, of sm_90, float32 at `highest`. *tiles*:
-tokens × tokens or features that a program works on at a time; *registers* of a thread; *spills*: what of them goes to
-memory; *programs*: how many a streaming multiprocessor (gfx942: compute unit) holds at a time; *matrix*: the best
-matrix instruction in the code.
+held against the compiler by `tests/test_triton_compile.py`: all of sm_90, elsewhere bfloat16 and, but for sm_100,
+float32 at `highest`. *tiles*: tokens × tokens or features that a program works on at a time; *registers* of a thread;
+*spills*: what of them goes to memory; *programs*: how many a streaming multiprocessor (gfx942: compute unit) holds at a
+time; *matrix*: the best matrix instruction in the code.
 interaction_gram, score_gradient and attention_gradient in three stages read by TMA, which tuning tries too.
 """
 TILES = ("BLOCK", "BLOCK_T", "BLOCK_J", "BLOCK_K", "BLOCK_E", "BLOCK_D", "BLOCK_OUT")
