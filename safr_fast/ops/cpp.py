@@ -153,7 +153,7 @@ def row_energy_backward(
     h = _inner_contiguous(h)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     energy, squared_norm, moments = energy.contiguous(), squared_norm.contiguous(), moments.contiguous()
-    grad_h = torch.empty(h.shape, dtype=h.dtype)  # (B, T, E) or (N, E)
+    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)  # (B, T, E) or (N, E)
     _cpu.row_energy_backward(
         _hidden(h, mask, cu_seqlens),
         energy.data_ptr(),

@@ -31,6 +31,7 @@ class Backend:
     detail: str
 
 
+@functools.cache
 def module(impl: str) -> types.ModuleType:
     return importlib.import_module(_MODULES[impl])
 

@@ -93,7 +93,8 @@ class Importance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return ImportanceGradient.apply(*ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl), *(None,) * 6
+        gradient = ImportanceGradient.apply if torch.is_grad_enabled() else torch.ops.safr_fast.importance_backward
+        return gradient(*ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl), *(None,) * 6
 
 
 class ImportanceGradient(torch.autograd.Function):

@@ -100,7 +100,7 @@ class Interaction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         attention, gradient = ctx.saved_tensors
-        return ScaledGradient.apply(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
+        return _scaled(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
 
 
 class InteractionFromQK(torch.autograd.Function):
@@ -124,26 +124,30 @@ class InteractionFromQK(torch.autograd.Function):
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
             # tokens past the last sequence find the row of zeros below it
             factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
-        scaled_q = ScaledGradient.apply(grad_q, factor, q) if ctx.needs_input_grad[0] else None
-        scaled_k = ScaledGradient.apply(grad_k, factor, k) if ctx.needs_input_grad[1] else None
+        scaled_q = _scaled(grad_q, factor, q) if ctx.needs_input_grad[0] else None
+        scaled_k = _scaled(grad_k, factor, k) if ctx.needs_input_grad[1] else None
         return scaled_q, scaled_k, *(None,) * 9
 
 
 class ScaledGradient(torch.autograd.Function):
-    """``gradient · factor`` summed over the heads that share one of ``x``'s, in the dtype of ``x``.
-
-    A Function of its own, so that a second derivative raises instead of coming out as zero.
-    """
+    """A Function of its own, so that a second derivative raises instead of coming out as zero."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-        if gradient.shape == x.shape:  # in one launch
-            return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
-        return (gradient * factor).unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        return _scaled(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError('the interaction differentiates once; for second derivatives use impl="reference"')
+
+
+def _scaled(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    """``gradient · factor`` summed over the heads that share one of ``x``'s, in the dtype of ``x``."""
+    if torch.is_grad_enabled():
+        return ScaledGradient.apply(gradient, factor, x)
+    if gradient.shape == x.shape:  # in one launch
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
+    return (gradient * factor).unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
 
 
 def interaction(

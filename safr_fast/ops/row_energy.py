@@ -83,7 +83,8 @@ class RowEnergy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_energy: Tensor, grad_squared_norm: Tensor) -> tuple[Tensor, None, None, None]:
-        grad_h = RowEnergyGradient.apply(*ctx.saved_tensors, grad_energy, grad_squared_norm, ctx.impl)
+        gradient = RowEnergyGradient.apply if torch.is_grad_enabled() else torch.ops.safr_fast.row_energy_backward
+        grad_h = gradient(*ctx.saved_tensors, grad_energy, grad_squared_norm, ctx.impl)
         return grad_h, None, None, None
 
 
@@ -120,4 +121,6 @@ def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: 
         energy, squared_norm = RowEnergy.apply(h, mask, cu_seqlens, chosen)
     else:
         energy, squared_norm, _ = torch.ops.safr_fast.row_energy(h, mask, cu_seqlens, False, chosen)
+    if energy.shape == rows:  # a view is a node of the graph, as long to make and to leave as a call's checks
+        return energy, squared_norm
     return energy.view(rows), squared_norm.view(rows)
