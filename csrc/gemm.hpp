@@ -31,9 +31,10 @@ inline int64_t block_side(const Product& p) {
 // different sets.
 inline int64_t row_stride(const Product& p, int64_t cols) { return round_up(round_up(cols, p.nr), 32) + 16; }
 
-// Elements of such a buffer.
+// Elements of such a buffer, whichever tiles write it.
 inline int64_t buffer_size(const Product& p, int64_t rows, int64_t cols) {
-  return round_up(rows, p.mr) * row_stride(p, cols);
+  const int64_t of_own = p.own_tiles.whole ? round_up(rows, p.own_tiles.rows) : 0;
+  return std::max(round_up(rows, p.mr), of_own) * row_stride(p, cols);
 }
 
 struct Range {
@@ -171,14 +172,14 @@ inline void multiply(const Operand& left, Range rows, const Operand& right, Rang
     const int64_t k = std::min(left.padded(k0), round_up(ks.end - k0, p.k_unit));
     const bool add = accumulate || k0 > ks.begin;
     // A left panel stays in the first-level cache while the right ones pass by.
-    for (int64_t i = rows.begin; i < rows.end; i += p.mr) {
+    for (int64_t i = rows.begin; i < rows.end; i += tiles.rows) {
       for (int64_t j = cols.begin; j < cols.end; j += p.nr) {
         if (i + below >= j + p.nr) continue;
         float* out = c + (i - rows.begin) * stride + j - cols.begin;
         const bool half = tiles.right_half && i + below >= j + p.nr / 2;
         const Tile tile = half ? tiles.right_half : tiles.whole;
         tile(k, left.at(k0, i), right.at(k0, j), out, stride, add);
-        multiply_adds += p.mr * (half ? p.nr / 2 : p.nr) * k;
+        multiply_adds += tiles.rows * (half ? p.nr / 2 : p.nr) * k;
       }
     }
   }

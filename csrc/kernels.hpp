@@ -30,6 +30,7 @@ static inline View transposed(const View& v) { return {v.data, v.dtype, v.col_st
 using Tile = void (*)(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate);
 
 struct Tiles {
+  int rows;
   Tile whole;
   Tile right_half;  // the right half of its columns alone, at the same place in c; null where a tile is not divided
 };
@@ -49,8 +50,8 @@ struct Product {
   void (*pack_right)(const View& b, int64_t k0, int64_t k, int64_t col0, int64_t n, void* out);
   Tiles tiles;
   // The same for a left operand that is packed as a right one, so that a matrix times its own transpose is packed once:
-  // `left` is where the tile's first row lies in its panel, of which a row takes one word of 32 bits. Null where that
-  // cannot be.
+  // `left` is where the tile's first row lies in its panel, of which a row takes one word of 32 bits. Their rows divide
+  // `nr`. Null where that cannot be.
   Tiles own_tiles;
 };
 

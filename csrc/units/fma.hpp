@@ -145,24 +145,22 @@ template <typename Step, int Rows, int Vectors, int LeftWidth>
 constexpr Tiles tiles() {
   constexpr int width = Vectors * kLanes;
   if constexpr (Vectors == 2)
-    return {multiply_panels<Step, Rows, 2, LeftWidth, width, 0>,
+    return {Rows, multiply_panels<Step, Rows, 2, LeftWidth, width, 0>,
             multiply_panels<Step, Rows, 1, LeftWidth, width, kLanes>};
   else
-    return {multiply_panels<Step, Rows, Vectors, LeftWidth, width, 0>, nullptr};
+    return {Rows, multiply_panels<Step, Rows, Vectors, LeftWidth, width, 0>, nullptr};
 }
 
 template <typename Step, int Rows, int Vectors>
 constexpr Tiles own_tiles() {
-  if constexpr (Vectors * kLanes % Rows == 0)
-    return tiles<Step, Rows, Vectors, Vectors * kLanes>();
-  else
-    return {nullptr, nullptr};
+  static_assert(Vectors * kLanes % Rows == 0);
+  return tiles<Step, Rows, Vectors, Vectors * kLanes>();
 }
 
-template <int Rows, int Vectors>
+template <int Rows, int Vectors, int OwnRows = Rows>
 constexpr Product fma_product = {
     Rows, Vectors * kLanes, 1, sizeof(float), sizeof(float), 256, pack_left<Rows>, pack_right<Vectors * kLanes>,
-    tiles<MultiplyAdd, Rows, Vectors, Rows>(), own_tiles<MultiplyAdd, Rows, Vectors>()};
+    tiles<MultiplyAdd, Rows, Vectors, Rows>(), own_tiles<MultiplyAdd, OwnRows, Vectors>()};
 
 }  // namespace
 }  // namespace safr

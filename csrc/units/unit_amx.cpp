@@ -228,7 +228,7 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
 template <int Parts>
 constexpr Product amx_product = {
     kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, 512 / Parts / kDepth * kDepth, pack_left_tiles<Parts>,
-    pack_right_tiles<Parts>, {multiply_panels<Parts>, nullptr}, {nullptr, nullptr}};
+    pack_right_tiles<Parts>, {kWidth, multiply_panels<Parts>, nullptr}, {0, nullptr, nullptr}};
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];

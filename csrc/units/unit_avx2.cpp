@@ -8,7 +8,7 @@
 namespace safr {
 namespace {
 
-constexpr Product kFloat32 = fma_product<6, 2>;
+constexpr Product kFloat32 = fma_product<6, 2, 4>;
 
 }  // namespace
 
