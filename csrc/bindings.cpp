@@ -7,6 +7,7 @@
 
 #include "cpu_features.hpp"
 #include "gemm.hpp"
+#include "importance.hpp"
 #include "interaction.hpp"
 #include "row_energy.hpp"
 #include "work.hpp"
@@ -87,6 +88,25 @@ void bind_row_energy(py::module_& m) {
   });
 }
 
+void bind_importance(py::module_& m) {
+  m.def(
+      "importance",
+      [](const HiddenArgument& a, Address energy, Address squared_norm, float eps, double scale, bool mean,
+         Address loss, Address factor) {
+        importance(a.hidden.layout, pointer<const float>(energy), pointer<const float>(squared_norm), eps, scale, mean,
+                   pointer<float>(loss), pointer<float>(factor));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "importance_gradients",
+      [](int64_t places, Address energy, Address squared_norm, float eps, float weight, Address grad_energy,
+         Address grad_squared_norm) {
+        importance_gradients(places, pointer<const float>(energy), pointer<const float>(squared_norm), eps, weight,
+                             pointer<float>(grad_energy), pointer<float>(grad_squared_norm));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 // (address, dtype, sample stride, head stride, token stride) of queries, keys or attention.
 using HeadsArgument = std::array<int64_t, 5>;
 
@@ -159,6 +179,7 @@ PYBIND11_MODULE(_cpu, m) {
         "Multiply-adds of all products so far, and bytes of operands packed for them.");
   m.def("set_home_process", &set_home_process, py::arg("pid"));
   bind_row_energy(m);
+  bind_importance(m);
   bind_interaction(m);
 }
 

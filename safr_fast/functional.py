@@ -239,9 +239,9 @@ def importance_loss(
     arguments.check_hidden(h, mask, cu_seqlens)
     arguments.check_group(group, cu_seqlens)
     h = _autocast(h)
-    fused = dispatch.choose(impl, h, mask, cu_seqlens) == "triton"
-    if fused and group is None and reduction != "none":
-        return importance_op.importance(h, mask, cu_seqlens, eps, reduction == "mean", "triton")
+    chosen = dispatch.choose(impl, h, mask, cu_seqlens)
+    if chosen != "reference" and group is None and reduction != "none":
+        return importance_op.importance(h, mask, cu_seqlens, eps, reduction == "mean", chosen)
     energy, squared_norm = _row_energy(h, mask, cu_seqlens, group, impl)
     alive = (energy != 0) & (squared_norm != 0)  # NaN stays
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)

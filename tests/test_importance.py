@@ -1,16 +1,27 @@
-"""The importance loss as the Triton kernels finish it, against the formula in float64."""
+"""The importance loss as the fused back ends finish it, against the formula in float64."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import DEVICE, assert_close_to_float64, lengths_mask, needs_triton, normal, offsets, relative_error
+from support import (
+    DEVICE,
+    assert_close_to_float64,
+    device_of,
+    every_backend,
+    forced,
+    lengths_mask,
+    needs_triton,
+    normal,
+    offsets,
+    relative_error,
+)
 from torch import Tensor, library
 
 import safr_fast as sf
 
-pytestmark = [needs_triton, pytest.mark.usefixtures("uninitialised_is_nan")]
+pytestmark = pytest.mark.usefixtures("uninitialised_is_nan")
 # Tokens of the longest sequence: the Gram matrix within a tile and beyond, and the feature moment.
 TOKENS = {"a block": 40, "tiles": 150, "feature": 270}
 FEATURE_OF_16_BITS = 530
@@ -19,9 +30,9 @@ each_path = pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def hidden(tokens: int, width: int = 24, dtype: torch.dtype = torch.float32) -> Tensor:
+def hidden(tokens: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
     """``(2, T, E)`` with tokens whose norm or whose energy is 0, and one whose energy cancels on the feature path."""
-    h = normal(2, tokens, width, seed=tokens, dtype=dtype, device=DEVICE)
+    h = normal(2, tokens, 24, seed=tokens, dtype=dtype, device=device)
     h[..., 0] = 0
     h[0, 5::7] = 0
     h[1, 3] = 0
@@ -30,62 +41,71 @@ def hidden(tokens: int, width: int = 24, dtype: torch.dtype = torch.float32) -> 
     return h
 
 
-def laid_out(h: Tensor, layout: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Two sequences, of which the second is short where layouts allow; padding and rows of none hold NaN."""
+def laid_out(h: Tensor, layout: str, first: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Two sequences, of which the second is short where layouts allow; padding and rows of none hold NaN.
+
+    Packed ones begin at row ``first``: on a GPU offsets are not looked at, and need not begin at 0.
+    """
     tokens = h.shape[1]
     short = tokens // 3
     if layout == "masked":
-        mask = lengths_mask([tokens, short], tokens).to(DEVICE)
+        mask = lengths_mask([tokens, short], tokens).to(h.device)
         mask[1, 7] = False
         return h.masked_fill(~mask.unsqueeze(-1), torch.nan), {"mask": mask}
     if layout == "packed":
-        rows = h.new_full((3 + tokens + short + 70, h.shape[-1]), torch.nan)
-        rows[3 : 3 + tokens + short] = torch.cat([h[0], h[1, :short]])
-        return rows, {"cu_seqlens": torch.cat([offsets([3], DEVICE)[1:], offsets([tokens, short], DEVICE)[1:] + 3])}
+        rows = h.new_full((first + tokens + short + 70, h.shape[-1]), torch.nan)
+        rows[first : first + tokens + short] = torch.cat([h[0], h[1, :short]])
+        return rows, {"cu_seqlens": offsets([tokens, short], h.device) + first}
     return h, {}
 
 
-def value_and_gradient(h: Tensor, kwargs: dict[str, Tensor], **more: object) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    h: Tensor, kwargs: dict[str, Tensor], impl: str = "triton", **more: object
+) -> tuple[Tensor, Tensor]:
     leaf = h.detach().requires_grad_()
-    loss = sf.importance_loss(leaf, impl="triton", **kwargs, **more)
+    loss = sf.importance_loss(leaf, impl=impl, **kwargs, **more)
     return loss.detach(), torch.autograd.grad(3 * loss, leaf)[0]
 
 
+@every_backend(fused=True)
 @each_path
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("eps", "reduction"), [(0.0, "sum"), (1e-5, "mean")], ids=["paper", "released"])
 def test_it_is_as_accurate_as_the_formula(
-    tokens: int, layout: str, dtype: torch.dtype, eps: float, reduction: str
+    backend: str, tokens: int, layout: str, dtype: torch.dtype, eps: float, reduction: str
 ) -> None:
     if tokens == TOKENS["feature"] and dtype == torch.float16:
         tokens = FEATURE_OF_16_BITS
-    h, kwargs = laid_out(hidden(tokens, dtype=dtype), layout)
+    h, kwargs = laid_out(hidden(tokens, dtype, device_of(backend)), layout)
     if layout == "packed":  # the plain formula's tokens of no sequence would turn its own gradient to NaN
-        kwargs, h = {"cu_seqlens": kwargs["cu_seqlens"] - 3}, h[3:]
         h = h[: kwargs["cu_seqlens"][-1]]
     form = {"eps": eps, "reduction": reduction, **kwargs}
-    assert_close_to_float64(
-        lambda h: sf.importance_loss(h, impl="triton", **form),
-        lambda h: sf.importance_loss(h, impl="reference", **form),
-        h,
-    )
+    with forced(backend) as impl:
+        assert_close_to_float64(
+            lambda h: sf.importance_loss(h, impl=impl, **form),
+            lambda h: sf.importance_loss(h, impl="reference", **form),
+            h,
+        )
 
 
+@every_backend(fused=True)
 @each_path
 @each_layout
-def test_what_is_no_token_counts_for_nothing(tokens: int, layout: str) -> None:
+def test_what_is_no_token_counts_for_nothing(backend: str, tokens: int, layout: str) -> None:
     """Nor does memory that was not written."""
-    h, kwargs = laid_out(hidden(tokens), layout)
-    real = torch.ones(h.shape[:-1], dtype=torch.bool, device=DEVICE)
+    first = 3 if backend == "triton" else 0
+    h, kwargs = laid_out(hidden(tokens, device=device_of(backend)), layout, first)
+    real = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
     if layout == "masked":
         real = kwargs["mask"]
     elif layout == "packed":
-        real[:3] = real[kwargs["cu_seqlens"][-1] :] = False
+        real[:first] = real[kwargs["cu_seqlens"][-1] :] = False
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        loss, gradient = value_and_gradient(h, kwargs, reduction="sum")
+        with forced(backend) as impl:
+            loss, gradient = value_and_gradient(h, kwargs, impl, reduction="sum")
     finally:
         torch.use_deterministic_algorithms(False)
     assert loss.isfinite()
@@ -93,6 +113,7 @@ def test_what_is_no_token_counts_for_nothing(tokens: int, layout: str) -> None:
     assert not gradient[~real].any()
 
 
+@needs_triton
 @pytest.mark.skipif(DEVICE != "cpu", reason="changes Triton's interpreter")
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 @pytest.mark.parametrize("small", [1e-20, 3e-11], ids=["its norm is subnormal", "all energies are"])
@@ -120,6 +141,7 @@ def test_a_square_root_that_flushes_as_a_gpus_does_spoils_no_gradient(
     assert abs(loss.double() - expected) <= 1e-6 * expected
 
 
+@needs_triton
 @each_layout
 def test_every_launch_leaves_its_ticket_for_the_next(layout: str) -> None:
     from safr_fast.kernels import importance_launch
@@ -132,6 +154,7 @@ def test_every_launch_leaves_its_ticket_for_the_next(layout: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(value_and_gradient(h, kwargs), first, strict=True))
 
 
+@needs_triton
 @pytest.mark.parametrize("masked", [False, True])
 def test_more_shares_than_one_block_are_added_up(masked: bool) -> None:
     from safr_fast.kernels.row_energy_launch import TOTAL_BLOCK
@@ -142,6 +165,7 @@ def test_more_shares_than_one_block_are_added_up(masked: bool) -> None:
     assert relative_error(loss, expected) < 1e-6
 
 
+@needs_triton
 @each_layout
 @pytest.mark.parametrize("constant", ["MANY_OPERATIONS", "PROGRAMS"])
 def test_other_launches_give_the_same(constant: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,21 +180,26 @@ def test_other_launches_give_the_same(constant: str, layout: str, monkeypatch: p
         assert relative_error(result[real], expected[real]) < 2e-6
 
 
-def test_nothing_and_nan() -> None:
-    for nothing, kwargs in (
-        (torch.empty(2, 0, 8, device=DEVICE), {}),
-        (torch.empty(2, 5, 0, device=DEVICE), {}),
-        (normal(5, 8, device=DEVICE), {"cu_seqlens": offsets([0, 0], DEVICE)}),
-        (normal(5, 8, device=DEVICE), {"cu_seqlens": offsets([], DEVICE)}),
-    ):
-        loss, gradient = value_and_gradient(nothing, kwargs)
-        assert loss == 0
-        assert not gradient.any()
-    h = hidden(150)
-    h[1, 4, 2] = torch.nan
-    assert sf.importance_loss(h, impl="triton").isnan()
+@every_backend(fused=True)
+def test_nothing_and_nan(backend: str) -> None:
+    device = device_of(backend)
+    with forced(backend) as impl:
+        for nothing, kwargs in (
+            (torch.empty(2, 0, 8, device=device), {}),
+            (torch.empty(2, 5, 0, device=device), {}),
+            (normal(5, 8, device=device), {"cu_seqlens": offsets([0, 0], device)}),
+            (normal(5, 8, device=device), {"cu_seqlens": offsets([], device)}),
+            (normal(2, 5, 8, device=device), {"mask": torch.zeros(2, 5, dtype=torch.bool, device=device)}),
+        ):
+            loss, gradient = value_and_gradient(nothing, kwargs, impl)
+            assert loss == 0
+            assert not gradient.any()
+        h = hidden(150, device=device)
+        h[1, 4, 2] = torch.nan
+        assert sf.importance_loss(h, impl=impl).isnan()
 
 
+@needs_triton
 @pytest.mark.parametrize("cu_seqlens", [[-9, 40, 20, 2**31 - 1], [300, 310], [60, 90]], ids=str)
 def test_offsets_that_make_no_sense_reach_no_other_memory(cu_seqlens: list[int]) -> None:
     room = torch.full((64 + 75 + 64, 4), float("nan"), device=DEVICE)
@@ -182,27 +211,29 @@ def test_offsets_that_make_no_sense_reach_no_other_memory(cu_seqlens: list[int])
     assert room[-64:].isnan().all()
 
 
-def test_it_differentiates_once() -> None:
-    h = hidden(5).requires_grad_()
-    (first,) = torch.autograd.grad(sf.importance_loss(h, impl="triton"), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiates once"):
+@every_backend(fused=True)
+def test_it_differentiates_once(backend: str) -> None:
+    h = hidden(5, device=device_of(backend)).requires_grad_()
+    with forced(backend) as impl:
+        (first,) = torch.autograd.grad(sf.importance_loss(h, impl=impl), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="importance_loss differentiates once"):
         first.sum().backward()
 
 
+@every_backend(fused=True)
 @each_layout
 @pytest.mark.parametrize("tokens", [40, 300])
 @pytest.mark.parametrize("save", [False, True])
-def test_opcheck(save: bool, tokens: int, layout: str) -> None:
-    h, kwargs = laid_out(hidden(tokens), layout)
+def test_opcheck(backend: str, save: bool, tokens: int, layout: str) -> None:
+    h, kwargs = laid_out(hidden(tokens, device=device_of(backend)), layout)
     h = h.nan_to_num(0)
     layout_of = kwargs.get("mask"), kwargs.get("cu_seqlens")
     ops = torch.ops.safr_fast
     # Not compared between runs: what is saved of rows of no sequence stays unwritten.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    library.opcheck(ops.importance.default, (h, *layout_of, 1e-5, 0.2, True, save, "triton"), test_utils=checks)
-    if save:
-        _, factor, *sums = ops.importance(h, *layout_of, 1e-5, 0.2, True, True, "triton")
-        one = torch.ones((), device=DEVICE)
-        library.opcheck(
-            ops.importance_backward.default, (h, *layout_of, *sums, factor, one, 1e-5, "triton"), test_utils=checks
-        )
+    with forced(backend) as impl:
+        library.opcheck(ops.importance.default, (h, *layout_of, 1e-5, 0.2, True, save, impl), test_utils=checks)
+        if save:
+            _, factor, *sums = ops.importance(h, *layout_of, 1e-5, 0.2, True, True, impl)
+            saved = (*sums, factor, torch.ones((), device=h.device), 1e-5, impl)
+            library.opcheck(ops.importance_backward.default, (h, *layout_of, *saved), test_utils=checks)

@@ -1,4 +1,4 @@
-"""The CPU back end: the two primitives over the extension ``safr_fast._cpu``.
+"""The CPU back end: the two primitives, and the importance loss on the first, over the extension ``safr_fast._cpu``.
 
 Checks live in the public layer; here tensors become addresses, sizes and strides. NumPy has no bfloat16, and one
 extension serves every version of torch because it knows none.
@@ -165,6 +165,55 @@ def row_energy_backward(
         grad_h.data_ptr(),
     )
     return grad_h
+
+
+def importance(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    scale: float,
+    mean: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean, what the sum was multiplied by, and
+    what :func:`row_energy` gives, followed by the moments' norms ``(slots,)``, which nothing here needs: zeros."""
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    energy, squared_norm, moments = row_energy(h, mask, cu_seqlens, save)
+    loss = torch.empty((), dtype=torch.float32)
+    factor = torch.empty_like(loss)
+    layout = _hidden(h, mask, cu_seqlens)
+    _cpu.importance(
+        layout, energy.data_ptr(), squared_norm.data_ptr(), eps, scale, mean, loss.data_ptr(), factor.data_ptr()
+    )
+    return loss, factor, energy, squared_norm, moments, torch.zeros(moments.shape[0])
+
+
+def importance_backward(
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    squared_norm: Tensor,
+    moments: Tensor,
+    moment_norm: Tensor,
+    factor: Tensor,
+    grad_loss: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gradient of ``h``, from that of the loss."""
+    energy, squared_norm = energy.contiguous(), squared_norm.contiguous()
+    grad_energy, grad_squared_norm = torch.empty_like(energy), torch.empty_like(energy)
+    _cpu.importance_gradients(
+        energy.numel(),
+        energy.data_ptr(),
+        squared_norm.data_ptr(),
+        eps,
+        factor.item() * grad_loss.item(),
+        grad_energy.data_ptr(),
+        grad_squared_norm.data_ptr(),
+    )
+    return row_energy_backward(h, mask, cu_seqlens, energy, squared_norm, moments, grad_energy, grad_squared_norm)
 
 
 def _heads(x: Tensor, packed: bool = False) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""The importance loss where the back end finishes it in the kernels of primitive 1: ``Σ_i √R_i / (√n2_i + ε)``.
+"""The importance loss as the fused back ends finish it on what primitive 1 gives: ``Σ_i √R_i / (√n2_i + ε)``.
 
-Elementwise on what primitive 1 gives, hence no primitive: elsewhere :mod:`safr_fast.functional` writes it in PyTorch.
-On a GPU it would take longer to launch that way than everything else.
+Elementwise on that, hence no primitive: terms that are not summed, or over several ranks, :mod:`safr_fast.functional`
+writes in PyTorch. A small batch would spend as long in two dozen calls of PyTorch as in everything else.
 """
 
 import math
