@@ -44,6 +44,11 @@ def check_floating(name: str, tensor: Tensor) -> None:
             f"{name} must be a dense tensor, got a nested or sparse one: of a jagged one pass values(), of "
             "(B, H, T, D) values().transpose(0, 1), and cu_seqlens=offsets().int()"
         )
+    if hasattr(tensor, "to_local"):  # of torch.distributed.tensor, which is not imported for this
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or {name}.to_local() where each "
+            "rank has whole samples"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
 

@@ -65,6 +65,17 @@ def train_together(out: Path, options: dict[str, Any]) -> tuple[TrainResult, lis
     return result, Recording.rows
 
 
+def refusal_of_a_dtensor() -> str:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    h = distribute_tensor(torch.ones(2, 3, 4), dist.init_device_mesh("cpu", (1,)), [Replicate()])
+    try:
+        sf.importance_loss(h)
+    except TypeError as error:
+        return str(error)
+    return "none"
+
+
 def sharded_step(variant: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Loss terms and whole gradients of a model sharded by FSDP2, of this rank's half of four texts."""
     from torch.distributed.fsdp import fully_shard  # loads the compiler, which the other tests do without

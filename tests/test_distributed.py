@@ -174,3 +174,8 @@ def test_what_cannot_be_spread_over_ranks_says_so() -> None:
         assert "takes no forward-mode derivatives and no torch.func transforms" in transformed
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup or None, got str 'world'"):
         sf.importance_loss(normal(2, 5, 4), group="world")  # type: ignore[arg-type]
+
+
+def test_a_dtensor_is_refused_with_what_to_pass() -> None:
+    (message,) = on_ranks(1, ranks.refusal_of_a_dtensor)
+    assert message.startswith("h must be a plain tensor, got a DTensor: pass h.full_tensor(), or h.to_local()")

@@ -16,7 +16,7 @@ without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a
 
 @without_a_gpu
 def test_a_dry_run_tests_measures_sweeps_and_writes(tmp_path: Path) -> None:
-    command = [sys.executable, str(SESSION), "--dry-run", "--minutes", "5", "--output", str(tmp_path)]
+    command = [sys.executable, str(SESSION), "--dry-run", "--minutes", "30", "--output", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     (result,) = tmp_path.glob("*.json")
