@@ -34,7 +34,7 @@ from safr_fast.kernels.timing import Timer
 HERE = Path(__file__).parent
 SHARES = {"tests": 0.25, "sanitizer": 0.1, "benchmarks": 0.45, "sweep": 0.2}  # of the time
 TESTS = ["-n", "auto", "-k", "triton", "--deselect", "tests/test_triton_compile.py", "tests"]
-EDGES = ["-x", "tests/test_triton_workspace.py", "tests/test_importance.py"]
+EDGES = ["-x", "-k", "triton", "tests/test_triton_workspace.py", "tests/test_importance.py"]
 DRY_TESTS = ["tests/test_triton_product.py"]
 NO_TIME = "no time left"
 SECONDS_A_MEASUREMENT, SECONDS_A_TRIAL = 0.3, 0.2

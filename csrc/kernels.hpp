@@ -26,18 +26,18 @@ struct View {
 // Internal linkage, for the reason above: every unit keeps its own copy.
 static inline View transposed(const View& v) { return {v.data, v.dtype, v.col_stride, v.row_stride, v.cols, v.rows}; }
 
-// c (mr × nr, row stride ldc) = left panel · right panel, added to c where accumulate. k is a multiple of k_unit.
+// c (a tile's rows × nr, row stride ldc) = left panel · right panel, added to c where accumulate. k is a multiple of k_unit.
 using Tile = void (*)(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate);
 
 struct Tiles {
-  int rows;
+  int rows;  // that one of them makes
   Tile whole;
   Tile right_half;  // the right half of its columns alone, at the same place in c; null where a tile is not divided
 };
 
 // One way of multiplying matrices: operands are packed into panels, then register tiles run over the panels.
 struct Product {
-  int mr, nr;       // rows and columns of the register tile
+  int mr, nr;       // rows of a left panel, columns of a right one: a register tile, but for own_tiles
   int k_unit;       // packed depth is k rounded up to a multiple of this, filled with zeros
   int left_bytes;   // bytes that one element of a packed left operand takes (splits included)
   int right_bytes;  // the same on the right

@@ -88,12 +88,12 @@ def test_padding_costs_nothing(level: str) -> None:
 
 
 @every_level
-def test_a_forward_pass_packs_tokens_twice_at_most(level: str) -> None:
+def test_a_forward_pass_packs_tokens_as_often_as_it_must(level: str) -> None:
     h = normal(1, 256, E)
     with forced(level), torch.no_grad():
         _, packed = work(lambda: sf.row_energy(h, impl="cpp"))
-    parts = 3 if level.endswith("amx") else 2  # bfloat16 splits take 6 bytes
-    assert packed <= 1.1 * parts * h.nbytes
+    once = 3 if level.endswith("amx") else 1  # bfloat16 splits take 6 bytes, and are made for both sides
+    assert packed <= 1.1 * once * h.nbytes
 
 
 @pytest.mark.parametrize("layout", ["", ", torch.ones(1, T, dtype=torch.bool)"], ids=["plain", "masked"])

@@ -182,11 +182,11 @@ def importance(
     energy, squared_norm, moments = row_energy(h, mask, cu_seqlens, save)
     loss = torch.empty((), dtype=torch.float32)
     factor = torch.empty_like(loss)
-    layout = _hidden(h, mask, cu_seqlens)
+    hidden = _hidden(h, mask, cu_seqlens)
     _cpu.importance(
-        layout, energy.data_ptr(), squared_norm.data_ptr(), eps, scale, mean, loss.data_ptr(), factor.data_ptr()
+        hidden, energy.data_ptr(), squared_norm.data_ptr(), eps, scale, mean, loss.data_ptr(), factor.data_ptr()
     )
-    return loss, factor, energy, squared_norm, moments, torch.zeros(moments.shape[0])
+    return loss, factor, energy, squared_norm, moments, moments.new_zeros(moments.shape[0])
 
 
 def importance_backward(

@@ -17,7 +17,7 @@ from safr_fast.errors import BackendUnavailable
 
 Impl = Literal["auto", "reference", "cpp", "triton"]
 
-# Where each fused back end's four functions live; imported when first needed, so that neither Triton nor the
+# Where each fused back end's functions live; imported when first needed, so that neither Triton nor the
 # extension is loaded by `import safr_fast`.
 _MODULES = {"cpp": "safr_fast.ops.cpp", "triton": "safr_fast.kernels.launch"}
 

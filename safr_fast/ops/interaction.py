@@ -100,7 +100,8 @@ class Interaction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         attention, gradient = ctx.saved_tensors
-        return _scaled(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
+        scaled = ScaledGradient.apply if torch.is_grad_enabled() else _scaled
+        return scaled(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
 
 
 class InteractionFromQK(torch.autograd.Function):
@@ -124,9 +125,10 @@ class InteractionFromQK(torch.autograd.Function):
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
             # tokens past the last sequence find the row of zeros below it
             factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
-        scaled_q = _scaled(grad_q, factor, q) if ctx.needs_input_grad[0] else None
-        scaled_k = _scaled(grad_k, factor, k) if ctx.needs_input_grad[1] else None
-        return scaled_q, scaled_k, *(None,) * 9
+        scaled = ScaledGradient.apply if torch.is_grad_enabled() else _scaled
+        grad_q = scaled(grad_q, factor, q) if ctx.needs_input_grad[0] else None
+        grad_k = scaled(grad_k, factor, k) if ctx.needs_input_grad[1] else None
+        return grad_q, grad_k, *(None,) * 9
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -143,8 +145,6 @@ class ScaledGradient(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
     """``gradient · factor`` summed over the heads that share one of ``x``'s, in the dtype of ``x``."""
-    if torch.is_grad_enabled():
-        return ScaledGradient.apply(gradient, factor, x)
     if gradient.shape == x.shape:  # in one launch
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
     return (gradient * factor).unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
