@@ -52,7 +52,7 @@ def _machine(info: dict[str, Any]) -> str:
 
 
 def name_of(run: Run) -> str:
-    words = re.sub(r"\([^)]*\)|CPU|Processor", " ", run["machine"])
+    words = re.sub(r"\((?!family)[^)]*\)|CPU|Processor", " ", run["machine"])
     return "-".join([*re.findall(r"[a-z0-9]+", words.lower()), run["level"], run["date"]])
 
 

@@ -205,7 +205,8 @@ def entry(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """What the table has for a kernel and rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
     unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
-    return unaligned.get((kernel, bits)) or table(kind)[kernel, bits]
+    key = kernel, bits
+    return unaligned.get(key) or _OVERRIDES[kind].get(key) or _CONFIGS[key]
 
 
 def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
@@ -213,6 +214,12 @@ def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     found = entry(kernel, bits, width, device)
     if (chooser := _chooser.get()) is not None:
         found = chooser(kernel, bits, width, found)
+    return _narrowed(found, width)
+
+
+@functools.cache
+def _narrowed(found: Config, width: int) -> Config:
+    """Kept, since a call asks for up to six of them, which took as long as a launch."""
     return replace(found, features=width_block(width, found.features), out=width_block(width, found.out))
 
 
@@ -229,7 +236,7 @@ def architecture(device: torch.device) -> str:
 def config_for(kernel: str, bits: int, width: int, tokens: int, device: torch.device) -> Config:
     """:func:`config` of a kernel over T×T matrices: larger tiles for many ``tokens``, where the table has them."""
     longer = f"{kernel}_long"
-    found = tokens > LONG and (longer, bits) in table(architecture(device))
+    found = tokens > LONG and ((longer, bits) in _CONFIGS or (longer, bits) in _OVERRIDES[architecture(device)])
     return config(longer if found else kernel, bits, width, device)
 
 
@@ -265,8 +272,8 @@ def moment_guard(dtype: torch.dtype, precision: str) -> float:
 def heads_of_a_chunk(heads: int, head_bytes: int, workspace_bytes: int | None = None) -> int:
     """How many heads share the interaction's workspace: as many as fit it, in chunks as equal as can be."""
     room = (workspace_bytes or WORKSPACE_BYTES) // head_bytes
-    chunks = -(-heads // min(max(room, 1), GRID_LIMIT))
-    return -(-heads // chunks)
+    chunks = cdiv(heads, min(max(room, 1), GRID_LIMIT))
+    return cdiv(heads, chunks)
 
 
 def product_precision(dtype: torch.dtype, device: torch.device) -> str:
@@ -282,6 +289,11 @@ def product_precision(dtype: torch.dtype, device: torch.device) -> str:
         return "bf16x3"
     splitting = {"highest": "ieee" if kind == "cdna" else "bf16x6", "high": "bf16x3", "medium": "bf16"}
     return splitting[matmul_precision(device.type)]
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y rounded up; Triton's own takes as long as a tensor to make."""
+    return -(-x // y)
 
 
 def width_block(width: int, largest: int) -> int:

@@ -8,13 +8,13 @@ no workspace: a program each does them.
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .attention_workspace import softmax_kernel, stage_kernel
+from .configs import cdiv
 from .interaction_block import attention_block_kernel, interaction_block_kernel
 from .interaction_gradient import (
     attention_gradient_kernel,
@@ -72,7 +72,7 @@ class Workspace:
         self.form = {"SQUARED": squared, "EXCLUDE_DIAGONAL": exclude_diagonal}
         self.is_causal = is_causal
         self.config = configs.config_for("interaction", arithmetic.bits, configs.WIDEST_ROW, self.T, sample.device)
-        self.tiles = triton.cdiv(self.T, self.config.rows)
+        self.tiles = cdiv(self.T, self.config.rows)
         self.pitch = self.tiles * self.config.rows
         self.total = sample.new_empty(batch, self.H, dtype=torch.float32)
 
@@ -251,7 +251,7 @@ def _launch_score_gradient(work: Workspace, head0: int, heads: int) -> tuple[Ten
     _, attention_desc, two_tiles_desc = work.attention_tiles
     if work.is_causal:
         two_tiles_desc = None
-    score_gradient_kernel[(work.tiles if two_tiles_desc is None else triton.cdiv(work.tiles, 2), work.tiles, heads)](
+    score_gradient_kernel[(work.tiles if two_tiles_desc is None else cdiv(work.tiles, 2), work.tiles, heads)](
         work.attention, attention_desc, two_tiles_desc, work.pair, *work.pair_tiles[:2], work.grad,
         work.row_term, work.row_sum, work.span, score_grad, score_grad_scale,
         work.T, work.H, head0, work.pitch, work.tiles, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
@@ -267,7 +267,7 @@ def _launch_query_and_key_gradient(
 ) -> None:  # fmt: skip
     D = q.shape[-1]
     config = configs.config_for("query_key_gradient", 8 * q.dtype.itemsize, D, work.T, q.device)
-    grid = (work.tiles, triton.cdiv(D, config.features), heads)
+    grid = (work.tiles, cdiv(D, config.features), heads)
     options = {
         "BLOCK": work.config.rows,
         "BLOCK_K": min(config.columns, work.config.rows),  # a power of 2 for each tile of rows

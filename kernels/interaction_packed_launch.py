@@ -5,10 +5,10 @@ here. Results do not depend on the chunk: a strip is computed alone, and the key
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs
+from .configs import cdiv
 from .interaction_launch import LOG2_E, TRITON_DTYPES, Arithmetic
 from .interaction_packed import (
     packed_gram_kernel,
@@ -37,9 +37,9 @@ class Strips:
         self.block = config.rows
         longest = self.N if max_seqlen is None else max(1, min(max_seqlen, self.N))
         self.lengths = self.S, self.N, longest
-        self.slots, self.tiles = self.N // self.block + self.S, triton.cdiv(longest, self.block)
+        self.slots, self.tiles = self.N // self.block + self.S, cdiv(longest, self.block)
         self.pitch = self.tiles * self.block
-        self.d_tiles = triton.cdiv(self.D, config.features)
+        self.d_tiles = cdiv(self.D, config.features)
         self.options = {
             "BLOCK": self.block,
             "BLOCK_D": config.features,

@@ -116,7 +116,7 @@ def interaction(heads: int, T: int, D: int, aim: str) -> Shape:
         return Shape(name, case, floor, [Work(4 * heads * T**3, memory=inputs + gradients, exponentials=square)], aim)
     head_bytes = 6 * T * T
     chunk = configs.heads_of_a_chunk(heads, head_bytes)
-    chunks = -(-heads // chunk)
+    chunks = configs.cdiv(heads, chunk)
 
     def kernel(flops: float, between: float, operands: float, alive: int, launches: int = 1, **more: float) -> Work:
         """``between``: bytes that it shares with other kernels, of ``alive`` matrices a head."""

@@ -1,13 +1,13 @@
 """Launches primitive 1: which kernels serve a batch, and over which grids."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from safr_fast.precision import matmul_precision
 
 from . import configs
+from .configs import cdiv
 from .importance_launch import Loss, NoLoss
 from .row_energy_moment import (
     moment_and_short_kernel,
@@ -87,7 +87,7 @@ class Batch:
 
     def tiles(self, rows: int) -> int:
         """Slots for the tiles of all sequences, see ``tiles.tile_of``."""
-        return self.T // rows + self.S if self.packed else self.S * triton.cdiv(self.T, rows)
+        return self.T // rows + self.S if self.packed else self.S * cdiv(self.T, rows)
 
     def kept(self, moments: Tensor) -> Tensor:
         """The memory of S as the kernels use it: of bfloat16 rows (slots, 2, E, E), rounded and what that left."""
@@ -156,8 +156,10 @@ def backward(
 ) -> Tensor:
     rows = (x.contiguous() for x in (energy, norm, grad_energy, grad_norm))
     batch = Batch(h, mask, cu_seqlens)
-    rounded = batch.kept(moments).select(1, 0) if batch.derived == tl.bfloat16 else moments
-    moment_norm = torch.linalg.vector_norm(rounded, dim=(1, 2), dtype=torch.float32)
+    moment_norm = moments
+    if batch.slots > 0:
+        rounded = batch.kept(moments).select(1, 0) if batch.derived == tl.bfloat16 else moments
+        moment_norm = torch.linalg.vector_norm(rounded, dim=(1, 2), dtype=torch.float32)
     return _backward(batch, moments, moment_norm, Gradients(*rows))
 
 
@@ -215,7 +217,7 @@ def _backward(batch: Batch, moments: Tensor, moment_norm: Tensor, gradients: Gra
     if batch.is_empty:
         return torch.zeros_like(batch.h, memory_format=torch.contiguous_format)
     grad_h = torch.empty_like(batch.h, memory_format=torch.contiguous_format)
-    repeats = triton.cdiv(batch.E, batch.config("wide_backward", batch.derived_bits).out) - 1
+    repeats = cdiv(batch.E, batch.config("wide_backward", batch.derived_bits).out) - 1
     stores_weights = batch.some_short and batch.halves_gram(batch.config("wide", batch.bits), repeats)
     stores_weights = stores_weights and not configs.keeps_rows(batch.derived_bits, batch.E)
     if batch.slots > 0:
@@ -230,7 +232,7 @@ def _backward(batch: Batch, moments: Tensor, moment_norm: Tensor, gradients: Gra
         _launch_token_backward(batch, gradients, grad_h)
     if batch.slots > 0:
         config = batch.config("moment_backward", batch.derived_bits)
-        moment_backward_kernel[(batch.tiles(config.rows) * triton.cdiv(batch.E, config.out),)](
+        moment_backward_kernel[(batch.tiles(config.rows) * cdiv(batch.E, config.out),)](
             *batch.tensors, kept, weighted, found, *gradients.sums, moment_norm, *gradients.given, grad_h, *batch.sizes,
             found.shape[1], batch.guard, gradients.eps,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
@@ -258,7 +260,7 @@ def _launch_symmetric(
 ) -> None:
     batch.find_spans()
     h, mask, span, _ = batch.tensors
-    tiles = triton.cdiv(batch.T, config.rows)
+    tiles = cdiv(batch.T, config.rows)
     partial = energy.new_empty(batch.S, tiles, batch.T)
     sizes = (batch.T, batch.E, batch.threshold, tiles, *h.stride()[:2])
     share, count, ticket, *finished = loss.tensors
@@ -286,7 +288,7 @@ def _launch_token_backward(batch: Batch, gradients: Gradients, grad_h: Tensor) -
         )  # fmt: skip
     else:
         config = batch.config("wide_backward", batch.derived_bits)
-        row_energy_wide_backward_kernel[(batch.tiles(config.rows), triton.cdiv(batch.E, config.out))](
+        row_energy_wide_backward_kernel[(batch.tiles(config.rows), cdiv(batch.E, config.out))](
             *tensors, *batch.sizes, gradients.eps,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
             DERIVED=batch.derived, PRECISION=batch.precision, **config.execution,
@@ -298,7 +300,7 @@ def _launch_weights(batch: Batch, gradients: Gradients, grad_h: Tensor) -> None:
     h, mask, span, _ = batch.tensors
     rows = (*gradients.sums, *gradients.given)
     gram, out = batch.config("wide", batch.bits), batch.config("weight_product", batch.derived_bits)
-    tiles = triton.cdiv(batch.T, gram.rows)
+    tiles = cdiv(batch.T, gram.rows)
     pitch = tiles * gram.rows
     dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else torch.float32
     samples = min(batch.S, WEIGHT_BYTES // (pitch**2 * dtype.itemsize))
@@ -310,7 +312,7 @@ def _launch_weights(batch: Batch, gradients: Gradients, grad_h: Tensor) -> None:
             gradients.eps,
             BLOCK_T=gram.rows, BLOCK_E=gram.features, PRECISION=batch.precision, **gram.execution,
         )  # fmt: skip
-        row_energy_weight_product_kernel[(pitch // out.rows * count, triton.cdiv(batch.E, out.out))](
+        row_energy_weight_product_kernel[(pitch // out.rows * count, cdiv(batch.E, out.out))](
             h, mask, span, *rows, weights, grad_h,
             batch.T, batch.E, batch.threshold, pitch, sample0, *h.stride()[:2], gradients.eps,
             BLOCK_T=out.rows, BLOCK_K=out.columns, BLOCK_OUT=out.out, PRECISION=batch.precision, **out.execution,
@@ -326,7 +328,7 @@ def _launch_moment(
     shares, partial, programs = _shared_out(batch, moments, config)
     pairs = programs // (shares * batch.slots)
     squares = batch.h.new_empty(
-        batch.slots, pairs if shares == 1 else triton.cdiv(batch.E**2, TOTAL_BLOCK), dtype=torch.float32
+        batch.slots, pairs if shares == 1 else cdiv(batch.E**2, TOTAL_BLOCK), dtype=torch.float32
     )
     tensors = (*batch.tensors, partial, squares if shares == 1 else None, loss.ticket)
     if short is None:
@@ -364,7 +366,7 @@ def _launch_weighted_moment(
             **config.execution,
         )  # fmt: skip
     else:
-        short_tiles = batch.tiles(config.rows) * triton.cdiv(batch.E, config.out)
+        short_tiles = batch.tiles(config.rows) * cdiv(batch.E, config.out)
         weighted_moment_and_short_kernel[(programs + short_tiles,)](
             *tensors, gradients.alpha, grad_h, *batch.sizes, batch.slots, shares, programs, batch.guard, gradients.eps,
             BLOCK_T=config.rows, BLOCK_J=config.columns, BLOCK_E=config.features, BLOCK_OUT=config.out,
@@ -376,10 +378,10 @@ def _launch_weighted_moment(
 
 def _shared_out(batch: Batch, moments: Tensor, config: configs.Config) -> tuple[int, Tensor, int]:
     """Into how many shares the tokens of a sequence are cut, room for what each adds to the moments, and programs."""
-    tiles = triton.cdiv(batch.E, config.features)
+    tiles = cdiv(batch.E, config.features)
     pairs = tiles * (tiles + 1) // 2
     size = batch.slots * batch.E**2
-    most = min(PARTIAL_BYTES // (4 * size), triton.cdiv(batch.T, 4 * config.rows), MOST_SHARES.value)
+    most = min(PARTIAL_BYTES // (4 * size), cdiv(batch.T, 4 * config.rows), MOST_SHARES.value)
     shares = max(1, min(configs.PROGRAMS // (pairs * batch.slots), most))
     partial = moments
     if shares > 1:
@@ -390,6 +392,6 @@ def _shared_out(batch: Batch, moments: Tensor, config: configs.Config) -> tuple[
 def _add_shares(batch: Batch, partial: Tensor, moments: Tensor, squares: Tensor | None) -> None:
     if partial is not moments:
         size = batch.E**2
-        moment_total_kernel[(batch.slots, triton.cdiv(size, TOTAL_BLOCK))](
+        moment_total_kernel[(batch.slots, cdiv(size, TOTAL_BLOCK))](
             partial, moments, squares, size, partial.shape[0], BLOCK=TOTAL_BLOCK
         )
