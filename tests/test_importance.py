@@ -156,10 +156,9 @@ def test_every_launch_of_triton_leaves_its_ticket_for_the_next(layout: str) -> N
 
 @every_backend(fused=True)
 @each_layout
-@pytest.mark.parametrize("samples", [40, 1100])  # more than a block of Triton's sums
-def test_many_samples_are_added_up(backend: str, samples: int, layout: str) -> None:
-    h = normal(samples, 2, 4, device=device_of(backend))
-    mask = torch.arange(2, device=h.device) < 1 + torch.arange(samples, device=h.device)[:, None] % 2
+def test_many_samples_are_added_up(backend: str, layout: str) -> None:
+    h = normal(40, 2, 4, device=device_of(backend))
+    mask = torch.arange(2, device=h.device) < 1 + torch.arange(len(h), device=h.device)[:, None] % 2
     kwargs = {"mask": mask} if layout == "masked" else {}
     if layout == "packed":
         h, kwargs = h[mask], {"cu_seqlens": offsets(mask.sum(1).tolist(), h.device)}
@@ -167,6 +166,17 @@ def test_many_samples_are_added_up(backend: str, samples: int, layout: str) -> N
         actual = value_and_gradient(h, kwargs, impl)
     for result, expected in zip(actual, value_and_gradient(h.double(), kwargs, "reference"), strict=True):
         assert relative_error(result, expected) < 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("masked", [False, True])
+def test_more_shares_than_one_block_of_triton_are_added_up(masked: bool) -> None:
+    from safr_fast.kernels.row_energy_launch import TOTAL_BLOCK
+
+    h = normal(TOTAL_BLOCK + 76, 2, 4, device=DEVICE)
+    mask = torch.arange(2, device=DEVICE) < 1 + torch.arange(len(h), device=DEVICE)[:, None] % 2 if masked else None
+    loss, expected = (sf.importance_loss(x, mask, impl=impl) for x, impl in ((h, "triton"), (h.double(), "reference")))
+    assert relative_error(loss, expected) < 1e-6
 
 
 @needs_triton
