@@ -246,8 +246,8 @@ def test_opcheck(backend: str, save: bool, tokens: int, layout: str) -> None:
     # Not compared between runs: what is saved of rows of no sequence stays unwritten.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     with forced(backend) as impl:
-        library.opcheck(ops.importance.default, (h, *layout_of, 1e-5, 0.2, True, save, impl), test_utils=checks)
+        library.opcheck(ops.importance.default, (h, *layout_of, 1e-5, True, save, impl), test_utils=checks)
         if save:
-            _, factor, *sums = ops.importance(h, *layout_of, 1e-5, 0.2, True, True, impl)
+            _, factor, *sums = ops.importance(h, *layout_of, 1e-5, True, True, impl)
             saved = (*sums, factor, torch.ones((), device=h.device), 1e-5, impl)
             library.opcheck(ops.importance_backward.default, (h, *layout_of, *saved), test_utils=checks)

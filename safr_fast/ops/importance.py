@@ -15,7 +15,7 @@ from safr_fast.ops.row_energy import fake_moments, in_samples
 
 _library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
-    "importance(Tensor h, Tensor? mask, Tensor? cu_seqlens, float eps, float scale, bool mean, bool save, str impl)"
+    "importance(Tensor h, Tensor? mask, Tensor? cu_seqlens, float eps, bool mean, bool save, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -29,11 +29,11 @@ def _forward(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
-    scale: float,
     mean: bool,
     save: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
+    scale = 1 / math.sqrt(max(h.shape[-1], 1))  # in here, where a compiler need not know the width
     return dispatch.module(impl).importance(h, mask, cu_seqlens, eps, scale, mean, save)
 
 
@@ -66,7 +66,6 @@ def _(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     eps: float,
-    scale: float,
     mean: bool,
     save: bool,
     impl: str,
@@ -85,8 +84,8 @@ def _(h: Tensor, *_: Any) -> Tensor:
 class Importance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Tensor:
-        eps, scale, mean, impl = rest
-        loss, factor, *sums = torch.ops.safr_fast.importance(h, mask, cu_seqlens, eps, scale, mean, True, impl)
+        eps, mean, impl = rest
+        loss, factor, *sums = torch.ops.safr_fast.importance(h, mask, cu_seqlens, eps, mean, True, impl)
         ctx.save_for_backward(h, mask, cu_seqlens, *sums, factor)
         ctx.eps, ctx.impl = eps, impl
         return loss
@@ -94,7 +93,7 @@ class Importance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradient = ImportanceGradient.apply if torch.is_grad_enabled() else torch.ops.safr_fast.importance_backward
-        return gradient(*ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl), *(None,) * 6
+        return gradient(*ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl), *(None,) * 5
 
 
 class ImportanceGradient(torch.autograd.Function):
@@ -112,8 +111,7 @@ class ImportanceGradient(torch.autograd.Function):
 def importance(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, eps: float, mean: bool, impl: str) -> Tensor:
     """Sum over tokens, or mean over the real ones, of ``√(P_i / E)`` of checked arguments, by a back end with kernels
     for it."""
-    scale = 1 / math.sqrt(max(h.shape[-1], 1))
     h, mask = in_samples(h, mask, cu_seqlens)
     if torch.is_grad_enabled() and h.requires_grad:
-        return Importance.apply(h, mask, cu_seqlens, float(eps), scale, mean, impl)
-    return torch.ops.safr_fast.importance(h, mask, cu_seqlens, float(eps), scale, mean, False, impl)[0]
+        return Importance.apply(h, mask, cu_seqlens, float(eps), mean, impl)
+    return torch.ops.safr_fast.importance(h, mask, cu_seqlens, float(eps), mean, False, impl)[0]
