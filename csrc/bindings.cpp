@@ -91,10 +91,8 @@ void bind_row_energy(py::module_& m) {
 void bind_importance(py::module_& m) {
   m.def(
       "importance",
-      [](const HiddenArgument& a, Address energy, Address squared_norm, float eps, double scale, bool mean,
-         Address loss, Address factor) {
-        importance(a.hidden.layout, pointer<const float>(energy), pointer<const float>(squared_norm), eps, scale, mean,
-                   pointer<float>(loss), pointer<float>(factor));
+      [](int64_t places, Address energy, Address squared_norm, float eps) {
+        return importance(places, pointer<const float>(energy), pointer<const float>(squared_norm), eps);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

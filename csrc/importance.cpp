@@ -1,32 +1,19 @@
 #include "importance.hpp"
 
-#include <algorithm>
 #include <cmath>
 
 namespace safr {
 namespace {
 
-int64_t real_tokens(const Layout& layout) {
-  if (layout.cu_seqlens) return layout.cu_seqlens[layout.sequences];
-  if (!layout.mask) return layout.samples * layout.tokens;
-  int64_t count = 0;
-  for (int64_t s = 0; s < layout.samples; ++s)
-    for (int64_t i = 0; i < layout.tokens; ++i) count += layout.real(s, i);
-  return count;
-}
-
 bool counts(float energy, float squared_norm) { return energy != 0 && squared_norm != 0; }  // NaN does
 
 }  // namespace
 
-void importance(const Layout& layout, const float* energy, const float* squared_norm, float eps, double scale,
-                bool mean, float* loss, float* factor) {
+double importance(int64_t places, const float* energy, const float* squared_norm, float eps) {
   double sum = 0;
-  for (int64_t i = 0; i < layout.samples * layout.tokens; ++i)
+  for (int64_t i = 0; i < places; ++i)
     if (counts(energy[i], squared_norm[i])) sum += std::sqrt(energy[i]) / (std::sqrt(squared_norm[i]) + eps);
-  if (mean) scale /= double(std::max<int64_t>(real_tokens(layout), 1));
-  *loss = float(scale * sum);
-  *factor = float(scale);
+  return sum;
 }
 
 void importance_gradients(int64_t places, const float* energy, const float* squared_norm, float eps, float weight,

@@ -26,7 +26,8 @@ struct View {
 // Internal linkage, for the reason above: every unit keeps its own copy.
 static inline View transposed(const View& v) { return {v.data, v.dtype, v.col_stride, v.row_stride, v.cols, v.rows}; }
 
-// c (a tile's rows × nr, row stride ldc) = left panel · right panel, added to c where accumulate. k is a multiple of k_unit.
+// c (a tile's rows × nr, row stride ldc) = left panel · right panel, added to c where accumulate. k is a multiple of
+// k_unit.
 using Tile = void (*)(int64_t k, const void* left, const void* right, float* c, int64_t ldc, bool accumulate);
 
 struct Tiles {

@@ -61,13 +61,6 @@ def _reduce(terms: Tensor, count: Tensor | int, reduction: str) -> Tensor:
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
-def _tokens(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | int:
-    """How many tokens are real."""
-    if mask is not None:
-        return mask.sum()
-    return math.prod(h.shape[:-1]) if cu_seqlens is None else cu_seqlens[-1]
-
-
 def row_energy(
     h: Tensor,
     mask: Tensor | None = None,
@@ -247,7 +240,7 @@ def importance_loss(
     energy, squared_norm = torch.where(alive, energy, 1.0), torch.where(alive, squared_norm, 1.0)
     # √R over a norm rather than √P: R / n2 of tiny rows underflows.
     terms = torch.where(alive, energy.sqrt() / (squared_norm.sqrt() + eps), 0.0) / math.sqrt(max(h.shape[-1], 1))
-    count = _tokens(h, mask, cu_seqlens)
+    count = row_energy_op.real_tokens(h, mask, cu_seqlens)
     if group is not None and reduction != "none":
         terms = sequence_parallel.sum_over_ranks(terms.sum(), group)
         if not isinstance(count, Tensor):

@@ -15,6 +15,7 @@ from torch import Tensor
 import safr_fast
 from safr_fast import arguments
 from safr_fast.errors import BackendUnavailable
+from safr_fast.ops.row_energy import real_tokens
 from safr_fast.precision import matmul_precision
 
 
@@ -178,14 +179,11 @@ def importance(
 ) -> tuple[Tensor, ...]:
     """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean, what the sum was multiplied by, and
     what :func:`row_energy` gives, followed by the moments' norms ``(slots,)``, which nothing here needs: zeros."""
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     energy, squared_norm, moments = row_energy(h, mask, cu_seqlens, save)
-    loss = torch.empty((), dtype=torch.float32)
-    factor = torch.empty_like(loss)
-    hidden = _hidden(h, mask, cu_seqlens)
-    _cpu.importance(
-        hidden, energy.data_ptr(), squared_norm.data_ptr(), eps, scale, mean, loss.data_ptr(), factor.data_ptr()
-    )
+    total = _cpu.importance(energy.numel(), energy.data_ptr(), squared_norm.data_ptr(), eps)
+    if mean:
+        scale /= max(int(real_tokens(h, mask, cu_seqlens)), 1)
+    loss, factor = (torch.tensor(x, dtype=torch.float32) for x in (scale * total, scale))
     return loss, factor, energy, squared_norm, moments, moments.new_zeros(moments.shape[0])
 
 

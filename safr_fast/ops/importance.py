@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, library
 
 from safr_fast.ops import dispatch
+from safr_fast.ops.first_derivative import first_derivative
 from safr_fast.ops.row_energy import fake_moments, in_samples
 
 _library = library.Library("safr_fast", "FRAGMENT")
@@ -92,20 +93,9 @@ class Importance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = ImportanceGradient.apply if torch.is_grad_enabled() else torch.ops.safr_fast.importance_backward
-        return gradient(*ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl), *(None,) * 5
-
-
-class ImportanceGradient(torch.autograd.Function):
-    """A Function of its own, so that a second derivative raises instead of coming out as zero."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        return torch.ops.safr_fast.importance_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError('importance_loss differentiates once; for second derivatives use impl="reference"')
+        arguments = *ctx.saved_tensors, grad_loss, ctx.eps, ctx.impl
+        gradient = first_derivative("importance_loss", torch.ops.safr_fast.importance_backward, *arguments)
+        return gradient, *(None,) * 5
 
 
 def importance(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, eps: float, mean: bool, impl: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
+from safr_fast.ops.first_derivative import first_derivative
 
 _library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
@@ -100,8 +101,7 @@ class Interaction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         attention, gradient = ctx.saved_tensors
-        scaled = ScaledGradient.apply if torch.is_grad_enabled() else _scaled
-        return scaled(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
+        return _gradient(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
 
 
 class InteractionFromQK(torch.autograd.Function):
@@ -125,22 +125,13 @@ class InteractionFromQK(torch.autograd.Function):
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
             # tokens past the last sequence find the row of zeros below it
             factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
-        scaled = ScaledGradient.apply if torch.is_grad_enabled() else _scaled
-        grad_q = scaled(grad_q, factor, q) if ctx.needs_input_grad[0] else None
-        grad_k = scaled(grad_k, factor, k) if ctx.needs_input_grad[1] else None
+        grad_q = _gradient(grad_q, factor, q) if ctx.needs_input_grad[0] else None
+        grad_k = _gradient(grad_k, factor, k) if ctx.needs_input_grad[1] else None
         return grad_q, grad_k, *(None,) * 9
 
 
-class ScaledGradient(torch.autograd.Function):
-    """A Function of its own, so that a second derivative raises instead of coming out as zero."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
-        return _scaled(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError('the interaction differentiates once; for second derivatives use impl="reference"')
+def _gradient(bare: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    return first_derivative("the interaction", _scaled, bare, factor, x)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Layers: :func:`row_energy` (called by the public functions) → autograd → ``torch.ops.safr_fast.row_energy`` → back end.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
+from safr_fast.ops.first_derivative import first_derivative
 from safr_fast.precision import matmul_precision
 
 _library = library.Library("safr_fast", "FRAGMENT")
@@ -83,21 +85,8 @@ class RowEnergy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_energy: Tensor, grad_squared_norm: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient = RowEnergyGradient.apply if torch.is_grad_enabled() else torch.ops.safr_fast.row_energy_backward
-        grad_h = gradient(*ctx.saved_tensors, grad_energy, grad_squared_norm, ctx.impl)
-        return grad_h, None, None, None
-
-
-class RowEnergyGradient(torch.autograd.Function):
-    """A Function of its own, so that a second derivative raises instead of coming out as zero."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        return torch.ops.safr_fast.row_energy_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError('row_energy differentiates once; for second derivatives use impl="reference"')
+        arguments = *ctx.saved_tensors, grad_energy, grad_squared_norm, ctx.impl
+        return first_derivative("row_energy", torch.ops.safr_fast.row_energy_backward, *arguments), None, None, None
 
 
 def in_samples(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -107,6 +96,13 @@ def in_samples(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tup
     if h.dim() == 2:
         return h.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
     return h.flatten(0, -3), None if mask is None else mask.flatten(0, -2)
+
+
+def real_tokens(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | int:
+    """How many there are."""
+    if mask is not None:
+        return mask.sum()
+    return math.prod(h.shape[:-1]) if cu_seqlens is None else cu_seqlens[-1]
 
 
 def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: dispatch.Impl) -> tuple[Tensor, Tensor]:
