@@ -3,9 +3,8 @@
     python benchmarks/full_epoch.py --data-dir data/imdb --out full-epoch.json
 
 The steps are those of ``safr-fast train --dataset imdb --full-length``, which keeps 5,000 of the reviews for
-development. A term's time is measured in every step, at the back end's calls and where gradients are scaled; what is
-left out is arithmetic on one number per token. Afterwards the plain formula takes a few steps of one review, padded to
-the longest of all: each costs the same.
+development. A term's time is measured in every step, at the back end's calls and where gradients are scaled. Afterwards
+the plain formula takes a few steps of one review, padded to the longest of all: each costs the same.
 """
 
 import argparse
@@ -40,8 +39,8 @@ from safr_fast.training.protocol import MASKED
 from safr_fast.training.settings import keep_memory
 
 TERMS = {
-    "importance": [(cpp, "row_energy"), (cpp, "row_energy_backward")],
-    "interaction": [(cpp, "interaction_from_qk"), (interaction.ScaledGradient, "apply")],
+    "importance": [(cpp, "importance"), (cpp, "importance_backward")],
+    "interaction": [(cpp, "interaction_from_qk"), (interaction.InteractionFromQK, "backward")],
 }
 
 
