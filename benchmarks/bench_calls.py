@@ -1,24 +1,28 @@
 """What does a call cost when there is nothing to do, and how long does a large dictionary take?"""
 
+from functools import partial
+
 import pytest
 import torch
 from comparison import Provider, compare
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import safr_fast as sf
+from safr_fast.functional import Impl
 
 CALLS = 100
 DICTIONARY = 131_072, 2_304
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
-def bench_one_token(benchmark, direction: str) -> None:
+def bench_one_token(benchmark: BenchmarkFixture, direction: str) -> None:
     """100 calls, each on one sample of one token of width 1."""
     benchmark.group = f"{CALLS} calls of row_energy on one token"
     benchmark.extra_info |= {"case": direction}
     h = torch.ones(1, 1, 1)
 
-    def calls(impl: str) -> list[Tensor]:
+    def calls(impl: Impl) -> list[Tensor]:
         for _ in range(CALLS):
             leaf = h.requires_grad_(direction != "forward")
             _, squared_norm = sf.row_energy(leaf, impl=impl)
@@ -27,11 +31,11 @@ def bench_one_token(benchmark, direction: str) -> None:
         return [squared_norm.detach()]
 
     expected = [torch.ones(1, 1, dtype=torch.float64)]
-    compare(benchmark, [Provider(impl, lambda impl=impl: calls(impl), expected) for impl in ("cpp", "reference")])
+    compare(benchmark, [Provider(impl, partial(calls, impl), expected) for impl in ("cpp", "reference")])
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True, ids=["2-threads"])
-def bench_dictionary(benchmark, threads: int) -> None:
+def bench_dictionary(benchmark: BenchmarkFixture, threads: int) -> None:
     """The capacity of each feature of a dictionary as wide as Gemma 2 2B's residual stream; checked on 64 of them."""
     features, width = DICTIONARY
     benchmark.group = f"capacity of a dictionary of {features:,} × {width:,}"

@@ -6,6 +6,7 @@ own column is what the host waits for the first provider.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from bench_training_step import Training, ours, plain, task
 from comparison import WRONG, gradients
 from gpu import CASES, DTYPES, Case, Peaks, measure, measure_step, providers_of
+from pytest_benchmark.fixture import BenchmarkFixture
 from safr_fast.kernels.timing import Timer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU to measure on")
@@ -30,7 +32,7 @@ def peaks(timer: Timer) -> Peaks:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
-def bench_loss(benchmark, case: Case, timer: Timer, peaks: Peaks) -> None:
+def bench_loss(benchmark: BenchmarkFixture, case: Case, timer: Timer, peaks: Peaks) -> None:
     benchmark.group = f"{case.kind}, on a GPU"
     length = max(case.lengths, default=case.shape[-2])
     benchmark.extra_info |= {"case": "×".join(map(str, case.shape)), "length": length}
@@ -40,7 +42,7 @@ def bench_loss(benchmark, case: Case, timer: Timer, peaks: Peaks) -> None:
 
 
 @pytest.mark.parametrize("length", [256, 512, 1024])
-def bench_training_step(benchmark, length: int, timer: Timer, peaks: Peaks) -> None:
+def bench_training_step(benchmark: BenchmarkFixture, length: int, timer: Timer, peaks: Peaks) -> None:
     benchmark.group = f"training step of the paper's model, {SAMPLES} samples, on a GPU"
     benchmark.extra_info |= {"case": f"T={length}", "length": length}
     training = Training(length, SAMPLES, "cuda")
@@ -50,7 +52,7 @@ def bench_training_step(benchmark, length: int, timer: Timer, peaks: Peaks) -> N
             key = f"{name} {dtype}"
             provider = training.provider(key, loss, exact, "highest", DTYPES[dtype])
             steps[key] = provider.step
-            rows[key] = measure_step(provider.error, lambda p=provider: p.step, timer, "cuda")
+            rows[key] = measure_step(provider.error, partial(steps.__getitem__, key), timer, "cuda")
     record(benchmark, rows, peaks, steps["ours bfloat16"])
     benchmark.extra_info["regularisers_share"] = {
         f"{name} {dtype}": 1 - rows[f"no regulariser {dtype}"]["ms"] / rows[f"{name} {dtype}"]["ms"]
@@ -60,7 +62,9 @@ def bench_training_step(benchmark, length: int, timer: Timer, peaks: Peaks) -> N
     }
 
 
-def record(benchmark, rows: dict[str, dict[str, Any]], peaks: Peaks, step: Callable[[], object]) -> None:
+def record(
+    benchmark: BenchmarkFixture, rows: dict[str, dict[str, Any]], peaks: Peaks, step: Callable[[], object]
+) -> None:
     """``rows`` by provider, the first of which has to be right; and the host's time for ``step``."""
     subject, first = next(iter(rows.items()))
     assert first.get("error", math.inf) < WRONG, f"{subject}: {first}"

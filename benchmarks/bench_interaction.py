@@ -1,10 +1,13 @@
 """What does the interaction cost at my length? Eight heads of 64, from stored weights and from queries and keys."""
 
+from collections.abc import Sequence
+
 import formulas
 import pytest
 import torch
 from comparison import Provider, compare
 from providers import all_providers
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import safr_fast as sf
@@ -31,7 +34,7 @@ def weights(samples: int, heads: int, length: int, sharpness: float) -> Tensor:
 
 
 @pytest.mark.parametrize(("threads", "length", "heads"), CASES, indirect=["threads"])
-def bench_from_attention(benchmark, length: int, heads: int) -> None:
+def bench_from_attention(benchmark: BenchmarkFixture, length: int, heads: int) -> None:
     benchmark.group = "interaction from stored attention, one sample"
     benchmark.extra_info |= {"case": f"T={length}, {heads} heads", "length": length, "heads": heads}
     inputs = [weights(1, heads, length, SHARPNESS["trained"])]
@@ -39,12 +42,12 @@ def bench_from_attention(benchmark, length: int, heads: int) -> None:
     compare(benchmark, all_providers(sf.interaction_loss, formulas.interaction, inputs), floor)
 
 
-def from_qk(inputs: list[Tensor]) -> list[Provider]:
+def from_qk(inputs: Sequence[Tensor]) -> list[Provider]:
     return all_providers(sf.interaction_loss_from_qk, formulas.interaction_from_qk, inputs, dynamic=False)
 
 
 @pytest.mark.parametrize(("threads", "length", "heads"), CASES, indirect=["threads"])
-def bench_from_qk(benchmark, length: int, heads: int) -> None:
+def bench_from_qk(benchmark: BenchmarkFixture, length: int, heads: int) -> None:
     benchmark.group = f"interaction from q and k of width {WIDTH}, one sample"
     benchmark.extra_info |= {"case": f"T={length}, {heads} heads", "length": length, "heads": heads}
     inputs = query_key(1, heads, length, SHARPNESS["trained"])
@@ -54,7 +57,7 @@ def bench_from_qk(benchmark, length: int, heads: int) -> None:
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)
 @pytest.mark.parametrize("length", [128, 256])
-def bench_batch_of_32(benchmark, length: int, sharpness: str) -> None:
+def bench_batch_of_32(benchmark: BenchmarkFixture, length: int, sharpness: str) -> None:
     """The paper's own shapes, with attention as a fresh and as a trained model has it."""
     benchmark.group = f"interaction from q and k of width 32, 32 samples of {HEADS} heads"
     benchmark.extra_info |= {"case": f"T={length}, {sharpness}"}
@@ -63,7 +66,7 @@ def bench_batch_of_32(benchmark, length: int, sharpness: str) -> None:
     compare(benchmark, from_qk(inputs), floor)
 
 
-def bench_flat_attention(benchmark) -> None:
+def bench_flat_attention(benchmark: BenchmarkFixture) -> None:
     """Queries and keys as at initialisation: weights near 1/T, where the plain formula in float32 cancels."""
     benchmark.group = "interaction from q and k of width 64, flat attention"
     benchmark.extra_info |= {"case": "T=1024, 2 heads"}

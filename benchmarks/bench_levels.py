@@ -5,12 +5,14 @@ the level ``baseline`` is compiled for.
 """
 
 import os
+from collections.abc import Callable
 
 import formulas
 import pytest
 from bench_interaction import query_key
 from bench_row_energy import hidden
 from comparison import Loss, Provider, compare, exact_gradients, gradients
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import safr_fast as sf
@@ -41,7 +43,7 @@ def at_level(level: str, loss: Loss, inputs: tuple[Tensor, ...], expected: tuple
     return Provider(level, step, expected)
 
 
-CASES = {
+CASES: dict[str, Callable[[], tuple[Loss, Loss, tuple[Tensor, ...]]]] = {
     "importance loss, 64 samples of 128": lambda: (sf.importance_loss, formulas.importance, (hidden(64, 128),)),
     "importance loss, 16 samples of 512": lambda: (sf.importance_loss, formulas.importance, (hidden(16, 512),)),
     "interaction from q and k, 8 heads of 256": lambda: (
@@ -54,7 +56,7 @@ CASES = {
 
 @pytest.mark.skipif(not levels(), reason="the C++ extension is not built")
 @pytest.mark.parametrize("case", CASES)
-def bench_levels(benchmark, case: str) -> None:
+def bench_levels(benchmark: BenchmarkFixture, case: str) -> None:
     benchmark.group = "levels of instructions, float32"
     benchmark.extra_info |= {"case": case}
     loss, plain, inputs = CASES[case]()

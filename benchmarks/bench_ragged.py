@@ -5,6 +5,7 @@ import pytest
 import torch
 from comparison import compare, gradient_provider, gradient_providers
 from formulas import compiled
+from pytest_benchmark.fixture import BenchmarkFixture
 from ragged import SAMPLES, Layout, imdb_lengths
 from torch import Tensor
 
@@ -13,7 +14,7 @@ import safr_fast as sf
 HEADS, WIDTH, HEAD_WIDTH = 8, 256, 32
 
 
-def bench_importance_loss(benchmark) -> None:
+def bench_importance_loss(benchmark: BenchmarkFixture) -> None:
     lengths = imdb_lengths()
     layout = Layout.of(lengths)
     benchmark.group = f"importance loss, {SAMPLES} samples with IMDB's lengths"
@@ -39,7 +40,7 @@ def bench_importance_loss(benchmark) -> None:
     compare(benchmark, providers, sum(formulas.row_energy_floor(n, WIDTH) for n in lengths))
 
 
-def bench_interaction(benchmark) -> None:
+def bench_interaction(benchmark: BenchmarkFixture) -> None:
     lengths = [min(words, 512) for words in imdb_lengths()[:8]]
     layout = Layout.of(lengths)
     benchmark.group = f"interaction from q and k, 8 samples of {HEADS} heads with IMDB's lengths, cut at 512"
@@ -70,7 +71,7 @@ def bench_interaction(benchmark) -> None:
 
 
 @pytest.mark.parametrize("length", [128, 512, 1024])
-def bench_odd_shapes(benchmark, length: int) -> None:
+def bench_odd_shapes(benchmark: BenchmarkFixture, length: int) -> None:
     """The aligned case beside lengths and widths that are no multiples of a tile, each for about 8,192 real tokens."""
     benchmark.group = "importance loss, odd shapes"
     benchmark.extra_info |= {"case": f"T={length}"}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from comparison import compare
 from providers import all_providers
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import safr_fast as sf
@@ -24,7 +25,7 @@ def row_energy(h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("length", LENGTHS)
-def bench_row_energy(benchmark, length: int) -> None:
+def bench_row_energy(benchmark: BenchmarkFixture, length: int) -> None:
     benchmark.group = f"row energy, {TOKENS:,} tokens of width {WIDTH}"
     samples = TOKENS // length
     benchmark.extra_info |= {"case": f"T={length}", "length": length}
@@ -33,7 +34,7 @@ def bench_row_energy(benchmark, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [512, 1024, 2048, 4096])
-def bench_importance_loss(benchmark, length: int) -> None:
+def bench_importance_loss(benchmark: BenchmarkFixture, length: int) -> None:
     benchmark.group = f"importance loss, {TOKENS:,} tokens of width {WIDTH}"
     samples = TOKENS // length
     benchmark.extra_info |= {"case": f"T={length}", "length": length}
@@ -44,7 +45,7 @@ def bench_importance_loss(benchmark, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [32, 64, 128, 256])
-def bench_batch_of_32(benchmark, length: int) -> None:
+def bench_batch_of_32(benchmark: BenchmarkFixture, length: int) -> None:
     """The paper's own shapes, where the cost of a call counts."""
     benchmark.group = f"importance loss, 32 samples of width {WIDTH}"
     benchmark.extra_info |= {"case": f"T={length}", "length": length}

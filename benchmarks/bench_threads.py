@@ -8,6 +8,7 @@ import torch
 from bench_interaction import query_key, weights
 from bench_row_energy import hidden
 from comparison import Loss, Provider, compare, exact_gradients, gradients
+from pytest_benchmark.fixture import BenchmarkFixture
 from ragged import Layout, imdb_lengths
 from torch import Tensor
 
@@ -20,8 +21,8 @@ def packed_importance() -> tuple[Loss, Loss, tuple[Tensor, ...]]:
     return losses["ours"], losses["eager"], (hidden(1, sum(lengths))[0],)
 
 
-def from_qk(*shape: int) -> tuple[Loss, Loss, tuple[Tensor, ...]]:
-    return sf.interaction_loss_from_qk, formulas.interaction_from_qk, query_key(*shape, sharpness=2.0)
+def from_qk(samples: int, heads: int, length: int) -> tuple[Loss, Loss, tuple[Tensor, ...]]:
+    return sf.interaction_loss_from_qk, formulas.interaction_from_qk, query_key(samples, heads, length, sharpness=2.0)
 
 
 def importance(*shape: int) -> tuple[Loss, Loss, tuple[Tensor, ...]]:
@@ -47,7 +48,7 @@ CASES: dict[str, Callable[[], tuple[Loss, Loss, tuple[Tensor, ...]]]] = {
 
 @pytest.mark.parametrize("threads", [2], indirect=True, ids=["2-threads"])
 @pytest.mark.parametrize("case", CASES)
-def bench_threads(benchmark, case: str) -> None:
+def bench_threads(benchmark: BenchmarkFixture, case: str) -> None:
     benchmark.group = "two threads and one, 4,096 tokens and more"
     benchmark.extra_info |= {"case": case}
     loss, oracle, inputs = CASES[case]()

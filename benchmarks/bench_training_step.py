@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from comparison import Provider, compare, every_processor, tile_gflops
+from comparison import Loss, Provider, compare, every_processor, tile_gflops
 from formulas import interaction_floor, row_energy_floor
 from providers import precisions
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import safr_fast as sf
@@ -55,7 +56,9 @@ class Training:
         torch.manual_seed(1)  # of gates and dropout
         return self.model(self.ids)
 
-    def provider(self, name: str, loss, exact, precision: str, dtype: torch.dtype = torch.float32) -> Provider:
+    def provider(
+        self, name: str, loss: Loss, exact: Loss, precision: str, dtype: torch.dtype = torch.float32
+    ) -> Provider:
         """16-bit dtypes by autocast. Held against float64: the loss, and the gradients of both terms by themselves."""
         autocast = torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
@@ -70,12 +73,12 @@ class Training:
         with torch.no_grad(), autocast:
             logits, hidden, ((q, k),), gate = self.forward()
 
-        def results(loss, dtype: torch.dtype | None) -> list[Tensor]:
-            h, *pair = (x.to(dtype or x.dtype).requires_grad_() for x in (hidden, q, k))
-            output = ClassifierOutput(logits.to(dtype or logits.dtype), h, [tuple(pair)], gate)
+        def results(loss: Loss, dtype: torch.dtype | None) -> list[Tensor]:
+            leaves = h, own_q, own_k = tuple(x.to(dtype or x.dtype).requires_grad_() for x in (hidden, q, k))
+            output = ClassifierOutput(logits.to(dtype or logits.dtype), h, [(own_q, own_k)], gate)
             with autocast if dtype is None else contextlib.nullcontext():
                 value = loss(output, self.labels)
-            terms = torch.autograd.grad(value, (h, *pair), materialize_grads=True) if value.requires_grad else ()
+            terms = torch.autograd.grad(value, leaves, materialize_grads=True) if value.requires_grad else ()
             return [value.detach(), *terms]
 
         if (exact, dtype) not in self._exact:
@@ -87,7 +90,7 @@ class Training:
 
 
 @pytest.mark.parametrize("length", [512, 1024])
-def bench_training_step(benchmark, length: int) -> None:
+def bench_training_step(benchmark: BenchmarkFixture, length: int) -> None:
     benchmark.group = f"training step of the paper's model, {SAMPLES} samples"
     benchmark.extra_info |= {"case": f"T={length}", "length": length}
     training = Training(length)

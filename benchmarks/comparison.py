@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from memory import peak_beyond_now
@@ -92,7 +92,7 @@ def gradient_providers(losses: Mapping[str, Loss], inputs: Sequence[Tensor], ora
     """The same of several, which share what the oracle gives."""
     exact = exact_gradients(oracle, inputs)
     return [
-        Provider(name, lambda loss=loss: gradients(loss, inputs), exact, warm_up=loss is not oracle)
+        Provider(name, partial(gradients, loss, inputs), exact, warm_up=loss is not oracle)
         for name, loss in losses.items()
     ]
 
@@ -164,7 +164,8 @@ def compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: f
 
 
 def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: float | None) -> None:
-    measured, seconds = {}, {}
+    measured: dict[str, Measured] = {}
+    seconds: dict[str, list[float]] = {}
     once = 0.0
     for provider in providers:
         measured[provider.name], last = provider.first_calls()
@@ -181,6 +182,7 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
 
     rounds = min(max(int(SECONDS_A_CASE / once), ROUNDS[0]), ROUNDS[1])
     benchmark.pedantic(subject.run, setup=run_rivals, rounds=rounds)
+    assert benchmark.stats is not None
     seconds[subject.name] = benchmark.stats.stats.data
 
     peak = matmul_gflops(torch.get_num_threads())

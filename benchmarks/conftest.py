@@ -1,4 +1,5 @@
 import platform
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 @pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest):
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """One, unless a benchmark is parametrised otherwise."""
     count = getattr(request, "param", 1)
     if count > len(usable_cpus()):

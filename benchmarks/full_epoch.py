@@ -38,7 +38,7 @@ from safr_fast.training.plan import Step, share, steps
 from safr_fast.training.protocol import MASKED
 from safr_fast.training.settings import keep_memory
 
-TERMS = {
+TERMS: dict[str, list[tuple[Any, str]]] = {
     "importance": [(cpp, "importance"), (cpp, "importance_backward")],
     "interaction": [(cpp, "interaction_from_qk"), (interaction.InteractionFromQK, "backward")],
 }
@@ -57,7 +57,7 @@ def main() -> None:
     keep_memory()
     torch.set_float32_matmul_precision(options.precision)
     corpus = data.load("imdb", options.data_dir)
-    both = Split(corpus.train.texts + corpus.dev.texts, corpus.train.labels + corpus.dev.labels)
+    both = Split([*corpus.train.texts, *corpus.dev.texts], [*corpus.train.labels, *corpus.dev.labels])
     vocabulary = Vocabulary.of(both.texts)
     reviews = EncodedSplit.of(both, vocabulary)
     longest = int(reviews.lengths.max())

@@ -67,11 +67,13 @@ class Layout:
         longest = self.mask.shape[1]
 
         def eager(q: Tensor, k: Tensor) -> Tensor:
-            return formulas.masked_interaction_from_qk(*map(self.padded_heads, (q, k)), self.mask)
+            return formulas.masked_interaction_from_qk(self.padded_heads(q), self.padded_heads(k), self.mask)
 
         return {
             "eager": eager,
             "compiled": formulas.compiled(eager),
             "ours": lambda q, k: sf.interaction_loss_from_qk(q, k, cu_seqlens=self.cu_seqlens, max_seqlen=longest),
-            "ours padded": lambda q, k: sf.interaction_loss_from_qk(*map(self.padded_heads, (q, k)), self.mask),
+            "ours padded": lambda q, k: sf.interaction_loss_from_qk(
+                self.padded_heads(q), self.padded_heads(k), self.mask
+            ),
         }

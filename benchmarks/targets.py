@@ -21,12 +21,12 @@ class Target(NamedTuple):
     aim: float
 
 
-# title, group, provider, {T: (must, aim)}; with AMX, and without.
-_BFLOAT16 = (
+Row = tuple[str, str, str, dict[int, tuple[float, float]]]  # title, group, provider, {T: (must, aim)}
+_BFLOAT16: Row = (
     "interaction from q and k, bfloat16", FROM_QK, "ours bfloat16",
     {128: (6.5, 10), 256: (9.5, 14), 512: (9, 14), 1024: (9.5, 14)},
 )  # fmt: skip
-_AMX = [
+_AMX: list[Row] = [
     ("row energy, `highest`", ROW_ENERGY, "ours highest",
      {128: (4.5, 6), 256: (4, 5.5), 512: (4.3, 6), 1024: (8.5, 11), 4096: (30, 38)}),
     ("row energy, `high`", ROW_ENERGY, "ours high",
@@ -37,7 +37,7 @@ _AMX = [
      {128: (3.7, 5), 256: (4.8, 6.5), 512: (4.5, 6.5), 1024: (4.6, 6.5)}),
     _BFLOAT16,
 ]  # fmt: skip
-_AVX512 = [
+_AVX512: list[Row] = [
     ("row energy", ROW_ENERGY, "ours highest",
      {128: (3.5, 5), 256: (3, 4), 512: (3.3, 4.5), 1024: (6.5, 8), 4096: (24, 30)}),
     ("interaction from A", FROM_ATTENTION, "ours highest",
