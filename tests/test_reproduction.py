@@ -194,11 +194,24 @@ def test_weights_that_are_gone_and_needed_are_named(small: list[str], tmp_path: 
     reproduce("table2", config(tmp_path, normalised=2, **wanted), report=quiet)
     (tmp_path / "synthetic-masked-baseline-seed0" / "model.safetensors").unlink()
     with pytest.raises(
-        RunError, match=r"are gone; evaluation-tables.json was made with normalised 2 \(now 0\); leave it out by --fin"
+        RunError, match=r"are gone; evaluation-tables.json was made with normalised 2 \(now 3\); leave it out by --fin"
     ):
-        reproduce("table2", config(tmp_path, **wanted), report=quiet)
+        reproduce("table2", config(tmp_path, normalised=3, **wanted), report=quiet)
     with pytest.raises(RunError, match=r"weights are gone; it has no evaluation-figure3.json"):
         reproduce("figure3", config(tmp_path, **wanted), report=quiet)
+
+
+def test_a_table_takes_an_evaluation_that_has_more_than_it_asks(small: list[str], tmp_path: Path) -> None:
+    wanted = {"rows": ("baseline", "0,0"), "protocol": "masked", "seeds": 1}
+    table = reproduce("table2", config(tmp_path, normalised=2, **wanted), report=quiet)
+    files = sorted(tmp_path.glob("*/evaluation-tables.json"))
+    before = [file.read_bytes() for file in files]
+    assert len(before) == 2
+    for weights in tmp_path.glob("*/model.safetensors"):
+        weights.unlink()
+    assert "| masked | 0,0 |" in reproduce("table3", config(tmp_path, **wanted), report=quiet)
+    assert reproduce("table2", config(tmp_path, **wanted), report=quiet) == table
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_the_evaluation_takes_the_asked_threads(

@@ -49,7 +49,7 @@ class _Run:
     def stored(self) -> dict[str, Any] | None:
         """Its evaluation, if there is one as it is asked for."""
         stored = self.folder.load_evaluation(self.file)
-        return stored if stored and stored["config"] == self.config.evaluation(self.target).to_json() else None
+        return stored if stored and self.config.evaluation(self.target).served_by(stored["config"]) else None
 
     def result(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         gradients = gradient_shares(self.folder)

@@ -79,8 +79,10 @@ def _values(target: Target, evaluations: Sequence[Mapping[str, Any]]) -> dict[st
         name: {k: _of_k([e["rankers"][name]["k"][k] for e in evaluations]) for k in ranker["k"]}
         for name, ranker in first["rankers"].items()
     }
-    limits = [e["normalised_aopc"]["rankers"] for e in evaluations if e["normalised_aopc"]]
-    normalised = {name: _over(e[name][0] for e in limits) for name in first["normalised_aopc"].get("rankers", {})}
+    normalised = {}
+    if all(e["normalised_aopc"] for e in evaluations):
+        limits = [e["normalised_aopc"]["rankers"] for e in evaluations]
+        normalised = {name: _over(e[name][0] for e in limits) for name in limits[0]}
     return {"accuracy": accuracy, "rankers": by_k, "normalised_aopc": normalised}
 
 
