@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _EXTRA = {
     "train": ("tyro", "tqdm", "safetensors"),
     "evaluation": ("captum", "scipy"),
-    "report": ("jinja2", "matplotlib", "networkx"),
+    "report": ("jinja2", "matplotlib", "networkx", "plotly"),
 }
 
 

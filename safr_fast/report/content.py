@@ -15,7 +15,8 @@ from safr_fast.data.vocabulary import UNKNOWN
 from safr_fast.evaluation.places import exact_capacity, hidden_states, title
 from safr_fast.evaluation.predictor import Predictor
 from safr_fast.nn import TransformerClassifier
-from safr_fast.report import figures
+from safr_fast.report import drawn, figures
+from safr_fast.report.drawn import Drawn
 from safr_fast.training.run import RunFolder
 
 _GRAPH = 24
@@ -51,8 +52,8 @@ class Text:
     """Words that the graphs and matrices choose from: of those within the model's window each once."""
     outside: int
     """Words past the window."""
-    graphs: dict[str, Figure]
-    matrices: dict[str, Figure]
+    graphs: dict[str, Drawn]
+    matrices: dict[str, Drawn]
     strip: Figure
     """Of the first words; the graphs and matrices show the most important of all."""
 
@@ -106,19 +107,19 @@ def _distinct(words: Sequence[str], order: list[int]) -> list[int]:
     return list(found.values())
 
 
-def _graph(words: Sequence[str], h: Tensor, own: Tensor, importance: Tensor, ranked: str, chosen: list[int]) -> Figure:
+def _graph(words: Sequence[str], h: Tensor, own: Tensor, importance: Tensor, ranked: str, chosen: list[int]) -> Drawn:
     gram = (h[chosen] @ h[chosen].T).numpy()
-    return figures.allocation([words[i] for i in chosen], gram, own[chosen].numpy(), importance[chosen].numpy(), ranked)
+    return drawn.allocation([words[i] for i in chosen], gram, own[chosen].numpy(), importance[chosen].numpy(), ranked)
 
 
-def _matrix(words: Sequence[str], h: Tensor, chosen: list[int]) -> Figure:
+def _matrix(words: Sequence[str], h: Tensor, chosen: list[int]) -> Drawn:
     """Polysemanticity counts the whole text, as it is defined, not the chosen words alone."""
     polysemanticity = functional.polysemanticity(h, impl="reference")[chosen]
     pairs = functional.interference(h[chosen])
-    return figures.interference([words[i] for i in chosen], pairs.numpy(), polysemanticity.numpy())
+    return drawn.interference([words[i] for i in chosen], pairs.numpy(), polysemanticity.numpy())
 
 
-def training(run: Path) -> dict[str, Figure]:
+def training(run: Path) -> dict[str, Drawn]:
     """Curves of every term, by title."""
     records = RunFolder(run).load_metrics()
     epochs = [record for record in records if record["event"] == "epoch"]
@@ -134,17 +135,17 @@ def training(run: Path) -> dict[str, Figure]:
         both = {split: figures.series_of(epochs, split, name) for split in ("train", "dev")}
         series = {split: values for split, values in both.items() if values}
         if series:
-            shown[name_in_print] = figures.curves(series, name.replace("_", "-"))
+            shown[name_in_print] = drawn.curves(series, name.replace("_", "-"))
     weighted = {
         name.removesuffix("_weighted").replace("_", "-"): figures.series_of(epochs, "train", name)
         for name in ("cross_entropy", "importance_weighted", "interaction_weighted")
     }
     weighted = {name: values for name, values in weighted.items() if values and min(values.values()) > 0}
     if len(weighted) > 1:
-        shown["Every term as weighted in the loss"] = figures.curves(weighted, "loss", log=True)
+        shown["Every term as weighted in the loss"] = drawn.curves(weighted, "loss", log=True)
     norms = _gradient_norms([record for record in records if record["event"] == "step"])
     if norms:
-        shown["Gradient norm of each weighted term"] = figures.curves(norms, "norm, mean of an epoch", log=True)
+        shown["Gradient norm of each weighted term"] = drawn.curves(norms, "norm, mean of an epoch", log=True)
     return shown
 
 
@@ -163,7 +164,7 @@ def _gradient_norms(steps: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, f
     return series
 
 
-def deletion(evaluation: Mapping[str, Any]) -> Figure:
+def deletion(evaluation: Mapping[str, Any]) -> Drawn:
     """Accuracy by k: three rankers and the control, with the intervals over texts."""
     curves = {}
     for name, shown in {
@@ -176,7 +177,7 @@ def deletion(evaluation: Mapping[str, Any]) -> Figure:
             by_k = evaluation["rankers"][name]["k"]
             points = [("0", evaluation["accuracy"]), *((k, values["accuracy"]) for k, values in by_k.items())]
             curves[shown] = sorted((float(k), *(100 * value for value in interval)) for k, interval in points)
-    return figures.accuracy_by_k(curves)
+    return drawn.accuracy_by_k(curves)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
-"""Each figure by matplotlib: for the page, and as a file for papers."""
+"""Each figure by matplotlib, as a file for papers."""
 
-import base64
 import io
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import networkx as nx
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from safr_fast.report.arrangement import Arrangement
 
 Points = Sequence[tuple[float, float, float, float]]
 """Of a curve: x, y, and the band's low and high."""
@@ -28,10 +28,10 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _WIDTH = 4.6
-_EDGES = 2
+_LABEL = 18
 # Black words are read on all of them.
-_LIGHT_GREENS = ListedColormap(mpl.colormaps["YlGn"](np.linspace(0, 0.65, 256)), "light greens")
-_SIGN = {True: "#b2182b", False: "#2166ac"}
+LIGHT_GREENS = ListedColormap(mpl.colormaps["YlGn"](np.linspace(0, 0.65, 256)), "light greens")
+SIGN = {True: "#b2182b", False: "#2166ac"}
 
 
 def _plain(value: float, _: float | None = None) -> str:
@@ -48,8 +48,9 @@ def svg(figure: Figure) -> bytes:
         return file.getvalue()
 
 
-def data_uri(drawn: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(drawn).decode()
+def shortened(word: str) -> str:
+    """A word as a figure shows it, in which an address would leave no room for anything else."""
+    return word if len(word) <= _LABEL else word[: _LABEL - 1] + "…"
 
 
 def curves(series: Mapping[str, Mapping[int, float]], y: str, *, log: bool = False) -> Figure:
@@ -94,36 +95,25 @@ def capacities(words: Sequence[str], values: Mapping[str, np.ndarray]) -> Figure
         axes = figure.subplots()
         image = axes.imshow(np.stack(list(values.values())), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_yticks(range(len(values)), list(values))
-        axes.set_xticks(range(len(words)), words, rotation=90)
+        axes.set_xticks(range(len(words)), [shortened(word) for word in words], rotation=90)
         figure.colorbar(image, label="capacity")
         return figure
 
 
 def allocation(
-    words: Sequence[str], gram: np.ndarray, capacity: np.ndarray, importance: np.ndarray, ranked: str
+    words: Sequence[str], placed: Arrangement, capacity: np.ndarray, importance: np.ndarray, ranked: str
 ) -> Figure:
-    """Words as circles, their area the capacity and their colour the importance, which ``ranked`` names; edges by sign
-    of ``h_i · h_j``.
-
-    Of each word only the strongest edges are drawn; distances in the drawing follow the strength of every pair.
-    """
-    n = len(words)
-    strength = np.abs(gram * ~np.eye(n, dtype=bool))
-    strength = np.sqrt(strength / (strength.max() if strength.any() else 1.0))
-    nearest = np.argsort(-strength, axis=1, kind="stable")[:, :_EDGES]
-    pairs = {(min(i, j), max(i, j)) for i in range(n) for j in nearest[i].tolist() if strength[i, j] > 0}
-    strongest = sorted(pairs)
-    distance = {i: {j: 1.2 - strength[i, j] if i != j else 0.0 for j in range(n)} for i in range(n)}
-    place = nx.kamada_kawai_layout(nx.complete_graph(n), dist=distance)
-    xy = np.array([place[i] for i in range(n)])
+    """Words as circles, their area the share of the largest capacity and their colour the importance, which ``ranked``
+    names; edges by sign of ``h_i · h_j``."""
+    xy = placed.xy
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 4.2))
         axes = figure.subplots()
         axes.add_collection(
             LineCollection(
-                [(xy[i], xy[j]) for i, j in strongest],
-                colors=[_SIGN[bool(gram[i, j] > 0)] for i, j in strongest],
-                linewidths=[0.4 + 2.2 * float(strength[i, j]) for i, j in strongest],
+                [(xy[edge.i], xy[edge.j]) for edge in placed.edges],
+                colors=[SIGN[edge.aligned] for edge in placed.edges],
+                linewidths=[0.4 + 2.2 * edge.strength for edge in placed.edges],
                 alpha=0.55,
                 zorder=1,
             )
@@ -131,16 +121,16 @@ def allocation(
         dots = axes.scatter(
             xy[:, 0],
             xy[:, 1],
-            s=25 + 500 * capacity,
+            s=10 + 500 * capacity / (capacity.max() or 1.0),
             c=importance,
-            cmap=_LIGHT_GREENS,
+            cmap=LIGHT_GREENS,
             vmin=0,
             vmax=1,
             edgecolors="0.4",
             linewidths=0.6,
         )
         for (x, y), word in zip(xy, words, strict=True):
-            axes.annotate(word, (x, y), ha="center", va="center", fontsize=8, zorder=3)
+            axes.annotate(shortened(word), (x, y), ha="center", va="center", fontsize=8, zorder=3)
         axes.margins(0.12)
         axes.set_axis_off()
         figure.colorbar(dots, label=ranked, shrink=0.6)
@@ -155,8 +145,9 @@ def interference(words: Sequence[str], values: np.ndarray, polysemanticity: np.n
         matrix, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
         shown = np.where(np.eye(len(words), dtype=bool), np.nan, values)
         image = matrix.imshow(shown, cmap="magma_r", norm=PowerNorm(0.5, vmin=0), aspect="auto")
-        matrix.set_yticks(range(len(words)), words)
-        matrix.set_xticks(range(len(words)), words, rotation=90)
+        labels = [shortened(word) for word in words]
+        matrix.set_yticks(range(len(words)), labels)
+        matrix.set_xticks(range(len(words)), labels, rotation=90)
         matrix.tick_params(labelsize=7)
         bars.barh(range(len(words)), polysemanticity, color="#7a5195")
         bars.tick_params(labelleft=False, labelsize=7)

@@ -1,5 +1,6 @@
 """The page of a run: one file of HTML that needs no network."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 from safr_fast.data.corpus import Split
 from safr_fast.evaluation.places import title
@@ -16,6 +18,7 @@ from safr_fast.evaluation.run import FILE as EVALUATION
 from safr_fast.evaluation.table import ranker_title
 from safr_fast.nn import TransformerClassifier
 from safr_fast.report import content, figures
+from safr_fast.report.drawn import Drawn
 from safr_fast.training import TrainConfig, load_run
 from safr_fast.training.errors import OptionError
 from safr_fast.training.loop import load_corpus
@@ -61,18 +64,21 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
     outdated = evaluation is not None and evaluation.get("weights") != RunFolder(run).digest()
     if outdated:
         evaluation = None
-    drawn: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
+    plots: dict[str, go.Figure] = {}
 
-    def uri(name: str, figure: Figure) -> str:
-        drawn[name] = figures.svg(figure)
-        return figures.data_uri(drawn[name])
+    def place(name: str, figure: Drawn) -> str:
+        """Keeps both forms of a figure; gives the id of the element that the page draws it in."""
+        name = _file_name(name)
+        images[name], plots[name] = figures.svg(figure.paper), figure.page
+        return name
 
-    def uris(prefix: str, named: dict[str, Figure]) -> dict[str, str]:
-        return {name: uri(f"{prefix}-{name}", figure) for name, figure in named.items()}
+    def each(prefix: str, named: dict[str, Drawn]) -> dict[str, str]:
+        return {name: place(f"{prefix}-{name}", figure) for name, figure in named.items()}
 
     shown = []
     for i, text in enumerate(looked_into, 1):
-        drawn[f"text{i}-capacity"] = figures.svg(text.strip)
+        images[f"text{i}-capacity"] = figures.svg(text.strip)
         shown.append(
             {
                 "words": text.words,
@@ -84,8 +90,8 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
                 "unknown": sum(word.unknown for word in text.words),
                 "distinct": text.distinct,
                 "repeated": text.distinct < len(text.words) - text.outside,
-                "graphs": uris(f"text{i}-allocation", text.graphs),
-                "matrices": uris(f"text{i}-interference", text.matrices),
+                "graphs": each(f"text{i}-allocation", text.graphs),
+                "matrices": each(f"text{i}-interference", text.matrices),
             }
         )
     page = _template().render(
@@ -96,12 +102,16 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
         evaluation=evaluation,
         outdated=outdated,
         k=_nearest_30(evaluation),
-        deletion=uri("deletion", content.deletion(evaluation)) if evaluation else None,
-        training=uris("training", content.training(run)),
+        deletion=place("deletion", content.deletion(evaluation)) if evaluation else None,
+        training=each("training", content.training(run)),
         vocabulary=content.vocabulary(model, vocabulary.words),
         gated=model.gate is not None,
+        plots=_json(plots),
+        library=get_plotlyjs(),
         title=title,
         ranker_title=ranker_title,
+        capacity=_capacity,
+        figures=FIGURES,
     )
     result = Report(run / FILE, run / FIGURES)
     write_atomically(result.page, lambda file: file.write_text(page, encoding="utf-8"))
@@ -109,8 +119,8 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
     for pattern in ("text*-*.svg", "training-*.svg", "deletion.svg"):
         for stale in result.figures.glob(pattern):
             stale.unlink()
-    for name, image in drawn.items():
-        (result.figures / f"{_file_name(name)}.svg").write_bytes(image)
+    for name, image in images.items():
+        (result.figures / f"{name}.svg").write_bytes(image)
     return result
 
 
@@ -118,6 +128,17 @@ def _template() -> jinja2.Template:
     source = files("safr_fast.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(source)
+
+
+def _json(plots: dict[str, go.Figure]) -> str:
+    """Data and layout by id, as it can stand in a script element."""
+    parts = (f"{json.dumps(name)}: {figure.to_json()}" for name, figure in plots.items())
+    return "{" + ",\n".join(parts).replace("<", "\\u003c") + "}"
+
+
+def _capacity(value: float) -> str:
+    """Two digits behind the point, or the one that counts of less."""
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}" if value else "0"
 
 
 def _facts(model: TransformerClassifier, config: TrainConfig, run: Path) -> str:
