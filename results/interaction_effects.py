@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from safr_fast.evaluation.statistics import t_interval
+
 RUNS = Path(__file__).parent / "sst2-masked"
 WEIGHTS = (0, 0.01, 0.1, 1)
 SEEDS = 5
@@ -31,8 +33,8 @@ def differences(grid: np.ndarray) -> list[str]:
     found = []
     for column in range(1, len(WEIGHTS)):
         by_seed = (grid[:, column] - grid[:, 0]).mean(0)
-        half = stats.t.ppf(0.975, SEEDS - 1) * stats.sem(by_seed)
-        found.append(f"{WEIGHTS[column]:g}: {by_seed.mean():.3f} ± {half:.3f}")
+        mean, half = t_interval(by_seed.tolist())
+        found.append(f"{WEIGHTS[column]:g}: {mean:.3f} ± {half:.3f}")
     return found
 
 

@@ -197,6 +197,8 @@ def test_weights_that_are_gone_and_needed_are_named(small: list[str], tmp_path: 
         RunError, match=r"are gone; evaluation-tables.json was made with normalised 2 \(now 3\); leave it out by --fin"
     ):
         reproduce("table2", config(tmp_path, normalised=3, **wanted), report=quiet)
+    with pytest.raises(RunError, match=r"evaluation-tables.json was made with texts None \(now 5\); leave it out"):
+        reproduce("table2", config(tmp_path, texts=5, **wanted), report=quiet)
     with pytest.raises(RunError, match=r"weights are gone; it has no evaluation-figure3.json"):
         reproduce("figure3", config(tmp_path, **wanted), report=quiet)
 
@@ -261,7 +263,7 @@ def evaluation(accuracy: float, srs: float) -> dict[str, Any]:
     }
     names = ("capacity:ffn1_pre", "capacity:vmask", "random")
     rankers = {name: {"k": {"30": of_k}} for name in names}
-    limits = {"rankers": {name: [0.6, 0, 1] for name in names}}
+    limits = {"texts": 100, "rankers": {name: [0.6, 0, 1] for name in names}}
     return {
         "texts": 1743,
         "one_word_texts": 3,
@@ -291,6 +293,21 @@ def test_values_are_means_over_seeds_beside_the_papers_own() -> None:
     assert summarise("table2", "sst2", elsewhere)["rows"][0]["paper"] is None
     masked = [result | {"protocol": "masked"} for result in results]
     assert summarise("table2", "sst2", masked)["rows"][0]["paper"] is None
+
+
+def test_normalised_aopc_is_of_all_runs_of_a_row_on_as_many_texts() -> None:
+    def shown(*counts: int | None) -> dict[str, Any]:
+        runs = [evaluation(0.7, 0.1) for _ in counts]
+        for run, count in zip(runs, counts, strict=True):
+            run["normalised_aopc"] = {} if count is None else run["normalised_aopc"] | {"texts": count}
+        results = [
+            {"protocol": "masked", "setting": Setting(1, 0.1), "seed": seed, "evaluation": run}
+            for seed, run in enumerate(runs)
+        ]
+        return summarise("table2", "sst2", results)["rows"][0]["normalised_aopc"]
+
+    assert shown(100, 100)["random"] == pytest.approx((0.6, 0.0))
+    assert shown(100, 50) == shown(100, None) == shown(None, 100) == shown(None, None) == {}
 
 
 def test_rows_hold_the_papers_settings_first_and_each_once() -> None:

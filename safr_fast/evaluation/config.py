@@ -51,13 +51,6 @@ class EvaluationConfig:
         if self.seed >= 2**50:
             raise OptionError(f"seed must be below 2^50, got {self.seed}")
 
-    def served_by(self, stored: Mapping[str, Any]) -> bool:
-        """Whether an evaluation with a stored configuration has all that this one asks for."""
-        asked = self.to_json()
-        if not self.normalised:  # of what is there beyond that, nothing is lost
-            asked["normalised"] = stored.get("normalised")
-        return asked == stored
-
     def differs(self, stored: Mapping[str, Any]) -> str:
         """The options in which a stored configuration differs, as a sentence's part."""
         now = self.to_json()

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 
 from safr_fast.report.arrangement import Arrangement
 
@@ -53,6 +53,11 @@ def shortened(word: str) -> str:
     return word if len(word) <= _LABEL else word[: _LABEL - 1] + "…"
 
 
+def log_ticks(values: Sequence[float]) -> Locator:
+    """Finds ticks for a logarithmic axis that has numbers even where all values lie within a decade."""
+    return MaxNLocator(5) if max(values) < 10 * min(values) else LogLocator(subs=(1, 2, 5))
+
+
 def curves(series: Mapping[str, Mapping[int, float]], y: str, *, log: bool = False) -> Figure:
     """Of every series a value by epoch."""
     with mpl.rc_context(_STYLE):
@@ -64,9 +69,7 @@ def curves(series: Mapping[str, Mapping[int, float]], y: str, *, log: bool = Fal
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
-            every = [value for values in series.values() for value in values.values()]
-            within_a_decade = max(every) < 10 * min(every)
-            axes.yaxis.set_major_locator(MaxNLocator(5) if within_a_decade else LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_locator(log_ticks([value for values in series.values() for value in values.values()]))
             axes.yaxis.set_major_formatter(_plain)
             axes.yaxis.set_minor_formatter(NullFormatter())
         if len(series) > 1:

@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from safr_fast.report.arrangement import Arrangement
-from safr_fast.report.figures import LIGHT_GREENS, SIGN, Points, shortened
+from safr_fast.report.figures import LIGHT_GREENS, SIGN, Points, log_ticks, shortened
 
 _COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
 _LIGHT = [[i / 8, "rgb({:.0f}, {:.0f}, {:.0f})".format(*(255 * x for x in LIGHT_GREENS(i / 8)[:3]))] for i in range(9)]
@@ -39,7 +40,7 @@ def _rounded(values: np.ndarray) -> list[Any]:
 def curves(series: Mapping[str, Mapping[int, float]], y: str, *, log: bool = False) -> go.Figure:
     """Of every series a value by epoch."""
     figure = go.Figure(layout={**_LAYOUT, "height": 300, "legend": _LEGEND, "showlegend": len(series) > 1})
-    for (name, values), color in zip(series.items(), _COLORS, strict=False):
+    for (name, values), color in zip(series.items(), cycle(_COLORS), strict=False):
         figure.add_scatter(
             x=list(values), y=list(values.values()), name=name, mode="lines+markers", line={"color": color}
         )
@@ -47,22 +48,16 @@ def curves(series: Mapping[str, Mapping[int, float]], y: str, *, log: bool = Fal
     figure.update_xaxes(_GRID, title="epoch", dtick=math.ceil(last / 10))
     figure.update_yaxes(_GRID, title=y, nticks=6)
     if log:
-        ticks = _log_ticks([value for values in series.values() for value in values.values()])
+        every = [value for values in series.values() for value in values.values()]
+        ticks = [tick for tick in log_ticks(every).tick_values(min(every), max(every)) if tick > 0]
         figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
-
-
-def _log_ticks(values: Sequence[float]) -> list[float]:
-    """1, 2 and 5 of every decade that holds values, or where that is too many, 1 alone."""
-    decades = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-    digits = (1, 2, 5) if len(decades) <= 3 else (1,)
-    return [float(f"{digit}e{decade}") for decade in decades for digit in digits]
 
 
 def accuracy_by_k(series: Mapping[str, Points]) -> go.Figure:
     """Accuracy, per cent, against the per cent of words deleted, with bands."""
     figure = go.Figure(layout={**_LAYOUT, "height": 400, "legend": _LEGEND, "hovermode": "x unified"})
-    for (name, points), color in zip(series.items(), _COLORS, strict=False):
+    for (name, points), color in zip(series.items(), cycle(_COLORS), strict=False):
         k, y, low, high = map(list, zip(*points, strict=True))
         band = {"x": k, "mode": "lines", "line": {"width": 0}, "legendgroup": name, "showlegend": False}
         figure.add_scatter(**band, y=low, hoverinfo="skip")
@@ -114,7 +109,7 @@ def allocation(
         ],
         hoverinfo="text",
         marker={
-            "size": _rounded(capacity),
+            "size": _rounded(np.maximum(capacity, 1e-9)),  # 0 would be drawn at 0, below the least size
             "sizemode": "area",
             "sizeref": 2 * largest / 38**2 if largest else 1,
             "sizemin": 3,
@@ -146,6 +141,8 @@ def interference(words: Sequence[str], values: np.ndarray, polysemanticity: np.n
         colorscale="Magma",
         reversescale=True,
         zmin=0,
+        zmax=math.sqrt(top) or 1,
+        hoverongaps=False,
         hovertemplate="%{y} · %{x}: %{customdata:.3g}<extra></extra>",
         colorbar={
             "title": {"text": "interference", "side": "top"},

@@ -1,11 +1,12 @@
 """Training and evaluating what a table lacks, and writing the table after every run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from safr_fast.evaluation.config import EvaluationConfig
 from safr_fast.evaluation.run import evaluate_run
 from safr_fast.reproduction.config import ReproductionConfig, Target
 from safr_fast.reproduction.gradients import gradient_shares
@@ -46,10 +47,15 @@ class _Run:
         """Of its evaluation."""
         return "evaluation-figure3.json" if self.target == "figure3" else "evaluation-tables.json"
 
+    def asked(self, stored: Mapping[str, Any]) -> EvaluationConfig:
+        """What is asked of its evaluation; where normalised AOPC is not, one that has it serves too."""
+        asked = self.config.evaluation(self.target)
+        return asked if asked.normalised else replace(asked, normalised=stored["config"]["normalised"])
+
     def stored(self) -> dict[str, Any] | None:
         """Its evaluation, if there is one as it is asked for."""
         stored = self.folder.load_evaluation(self.file)
-        return stored if stored and self.config.evaluation(self.target).served_by(stored["config"]) else None
+        return stored if stored and stored["config"] == self.asked(stored).to_json() else None
 
     def result(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         gradients = gradient_shares(self.folder)
@@ -166,9 +172,9 @@ def _evaluated(run: _Run) -> dict[str, Any]:
 
 def _obstacle(run: _Run) -> str | None:
     """Why a run can be in no table."""
-    folder, evaluation = run.folder, run.config.evaluation(run.target)
+    folder = run.folder
     if folder.model_file.exists():
         return None
     other = folder.load_evaluation(run.file)
-    why = f"{run.file} was made with {evaluation.differs(other['config'])}" if other else f"it has no {run.file}"
+    why = f"{run.file} was made with {run.asked(other).differs(other['config'])}" if other else f"it has no {run.file}"
     return f"{folder.path} cannot be evaluated, its weights are gone; {why}"

@@ -80,7 +80,8 @@ def _values(target: Target, evaluations: Sequence[Mapping[str, Any]]) -> dict[st
         for name, ranker in first["rankers"].items()
     }
     normalised = {}
-    if all(e["normalised_aopc"] for e in evaluations):
+    counts = {e["normalised_aopc"].get("texts") for e in evaluations}
+    if len(counts) == 1 and counts != {None}:  # of every run, on as many texts
         limits = [e["normalised_aopc"]["rankers"] for e in evaluations]
         normalised = {name: _over(e[name][0] for e in limits) for name in limits[0]}
     return {"accuracy": accuracy, "rankers": by_k, "normalised_aopc": normalised}
