@@ -21,7 +21,7 @@ _BARE = {"showgrid": False, "zeroline": False, "automargin": True}
 _LAYOUT: dict[str, Any] = {
     "template": "none",
     "dragmode": False,
-    "margin": {"l": 10, "r": 10, "t": 40, "b": 10},
+    "margin": {"l": 10, "r": 10, "t": 55, "b": 10},
     "font": {"size": 12},
 }
 _LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
