@@ -11,7 +11,7 @@ import formulas
 import pytest
 from bench_interaction import query_key
 from bench_row_energy import hidden
-from comparison import Loss, Provider, compare, exact_gradients, gradients
+from comparison import Loss, Problem, Provider, compare, exact_gradients, gradients
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def at_level(level: str, loss: Loss, inputs: tuple[Tensor, ...], expected: tuple
     return Provider(level, step, expected)
 
 
-CASES: dict[str, Callable[[], tuple[Loss, Loss, tuple[Tensor, ...]]]] = {
+CASES: dict[str, Callable[[], Problem]] = {
     "importance loss, 64 samples of 128": lambda: (sf.importance_loss, formulas.importance, (hidden(64, 128),)),
     "importance loss, 16 samples of 512": lambda: (sf.importance_loss, formulas.importance, (hidden(16, 512),)),
     "interaction from q and k, 8 heads of 256": lambda: (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench_interaction import query_key, weights
 from bench_row_energy import hidden
-from comparison import Loss, Provider, compare, exact_gradients, gradients
+from comparison import Loss, Problem, Provider, compare, exact_gradients, gradients
 from pytest_benchmark.fixture import BenchmarkFixture
 from ragged import Layout, imdb_lengths
 from torch import Tensor
@@ -15,22 +15,22 @@ from torch import Tensor
 import safr_fast as sf
 
 
-def packed_importance() -> tuple[Loss, Loss, tuple[Tensor, ...]]:
+def packed_importance() -> Problem:
     lengths = imdb_lengths()
     losses = Layout.of(lengths).importance()
     return losses["ours"], losses["eager"], (hidden(1, sum(lengths))[0],)
 
 
-def from_qk(samples: int, heads: int, length: int) -> tuple[Loss, Loss, tuple[Tensor, ...]]:
+def from_qk(samples: int, heads: int, length: int) -> Problem:
     return sf.interaction_loss_from_qk, formulas.interaction_from_qk, query_key(samples, heads, length, sharpness=2.0)
 
 
-def importance(*shape: int) -> tuple[Loss, Loss, tuple[Tensor, ...]]:
+def importance(*shape: int) -> Problem:
     return sf.importance_loss, formulas.importance, (hidden(*shape),)
 
 
-# Loss, oracle and inputs, made when asked for.
-CASES: dict[str, Callable[[], tuple[Loss, Loss, tuple[Tensor, ...]]]] = {
+# Made when asked for.
+CASES: dict[str, Callable[[], Problem]] = {
     "importance loss, 32 samples of 128": lambda: importance(32, 128),
     "importance loss, 8 samples of 512": lambda: importance(8, 512),
     "importance loss, 1 sample of 4096": lambda: importance(1, 4096),

@@ -20,6 +20,7 @@ ROUNDS = 3, 25  # at least, at most
 
 Loss = Callable[..., Tensor]
 Step = Callable[[], Sequence[Tensor]]
+Problem = tuple[Loss, Loss, tuple[Tensor, ...]]  # loss, oracle, inputs
 
 
 @dataclass

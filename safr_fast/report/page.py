@@ -111,7 +111,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
         title=title,
         ranker_title=ranker_title,
         capacity=_capacity,
-        figures=FIGURES,
+        folder=FIGURES,
     )
     result = Report(run / FILE, run / FIGURES)
     write_atomically(result.page, lambda file: file.write_text(page, encoding="utf-8"))
