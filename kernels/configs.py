@@ -265,7 +265,7 @@ def moment_slots(shape: torch.Size, packed: bool, dtype: torch.dtype, precision:
 def moment_guard(dtype: torch.dtype, precision: str) -> float:
     """Share of n2² under which a row energy made from the moment is made again from the token Gram."""
     if dtype == torch.float32 and precision != "medium":
-        return 0.05
+        return 0.1
     return 0.25
 
 

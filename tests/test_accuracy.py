@@ -141,6 +141,26 @@ def test_measures_of_tokens_whose_two_large_features_cancel_beside_massive_ones(
 
 
 @every_backend(fused=True)
+@pytest.mark.parametrize("form", [{}, {"reduction": "none"}], ids=["mean", "none"])
+@pytest.mark.parametrize(("tokens", "width", "seed"), [(512, 64, 0), (300, 25, 1), (400, 40, 2)])
+def test_gradients_of_long_rows_beside_short_ones_in_as_many_directions(
+    backend: str, form: dict[str, str], tokens: int, width: int, seed: int
+) -> None:
+    """Rows along the columns of a rotation, the first of each ten times as long as the others: their energies are a few
+    hundredths of n2², and the gradient is what is left of terms far larger than itself."""
+    directions = torch.linalg.qr(normal(width, width, seed=seed))[0]
+    h = directions[torch.arange(tokens) % width] * normal(tokens, 1, seed=seed + 10).abs()
+    h[width:] *= 0.1
+    h = h[None].to(device_of(backend))
+    with forced(backend) as impl:
+        assert_close_to_float64(
+            lambda h: sf.importance_loss(h, impl=impl, **form),
+            lambda h: sf.importance_loss(h, impl="reference", **form),
+            h,
+        )
+
+
+@every_backend(fused=True)
 def test_one_token_so_large_that_the_moment_overflows(backend: str) -> None:
     direction = torch.nn.functional.normalize(normal(48, seed=1), dim=0)
     h = normal(1, 300, 48, seed=2) + 8 * direction
