@@ -45,7 +45,7 @@ def bench_loss(benchmark: BenchmarkFixture, case: Case, timer: Timer, peaks: Pea
 def bench_training_step(benchmark: BenchmarkFixture, length: int, timer: Timer, peaks: Peaks) -> None:
     benchmark.group = f"training step of the paper's model, {SAMPLES} samples, on a GPU"
     benchmark.extra_info |= {"case": f"T={length}", "length": length}
-    training = Training(length, SAMPLES, "cuda")
+    training = Training([length] * SAMPLES, "cuda")
     rows, steps = {}, {}
     for name, loss, exact in (("ours", ours, plain), ("eager", plain, plain), ("no regulariser", task, task)):
         for dtype in DTYPES:

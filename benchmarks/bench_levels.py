@@ -7,15 +7,11 @@ the level ``baseline`` is compiled for.
 import os
 from collections.abc import Callable
 
-import formulas
 import pytest
-from bench_interaction import query_key
-from bench_row_energy import hidden
+from bench_threads import from_qk, importance
 from comparison import Loss, Problem, Provider, compare, exact_gradients, gradients
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
-
-import safr_fast as sf
 
 VARIABLE = "SAFR_FAST_CPU_ISA"
 
@@ -44,13 +40,9 @@ def at_level(level: str, loss: Loss, inputs: tuple[Tensor, ...], expected: tuple
 
 
 CASES: dict[str, Callable[[], Problem]] = {
-    "importance loss, 64 samples of 128": lambda: (sf.importance_loss, formulas.importance, (hidden(64, 128),)),
-    "importance loss, 16 samples of 512": lambda: (sf.importance_loss, formulas.importance, (hidden(16, 512),)),
-    "interaction from q and k, 8 heads of 256": lambda: (
-        sf.interaction_loss_from_qk,
-        formulas.interaction_from_qk,
-        query_key(1, 8, 256, 2.0),
-    ),
+    "importance loss, 64 samples of 128": lambda: importance(64, 128),
+    "importance loss, 16 samples of 512": lambda: importance(16, 512),
+    "interaction from q and k, 8 heads of 256": lambda: from_qk(1, 8, 256),
 }
 
 
@@ -59,7 +51,7 @@ CASES: dict[str, Callable[[], Problem]] = {
 def bench_levels(benchmark: BenchmarkFixture, case: str) -> None:
     benchmark.group = "levels of instructions, float32"
     benchmark.extra_info |= {"case": case}
-    loss, plain, inputs = CASES[case]()
+    loss, plain, inputs, floor = CASES[case]()
     expected = exact_gradients(plain, inputs)
     eager = Provider("eager", lambda: gradients(plain, inputs), expected)
-    compare(benchmark, [*(at_level(level, loss, inputs, expected) for level in levels()), eager])
+    compare(benchmark, [*(at_level(level, loss, inputs, expected) for level in levels()), eager], floor)

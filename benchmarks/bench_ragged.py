@@ -1,10 +1,13 @@
 """Does padding cost anything? Batches with IMDB's lengths, padded and packed, and lengths that fit no tile."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+
 import formulas
 import pytest
 import torch
-from comparison import compare, gradient_provider, gradient_providers
-from formulas import compiled
+from comparison import Loss, Provider, compare, exact_gradients, gradient_provider, gradients
+from providers import all_providers, precisions
 from pytest_benchmark.fixture import BenchmarkFixture
 from ragged import SAMPLES, Layout, imdb_lengths
 from torch import Tensor
@@ -14,29 +17,38 @@ import safr_fast as sf
 HEADS, WIDTH, HEAD_WIDTH = 8, 256, 32
 
 
+def packed_and_padded(
+    packed: Mapping[str, Loss],
+    tokens: Sequence[Tensor],
+    padded: Loss,
+    plain: Loss,
+    inputs: Sequence[Tensor],
+    algebra: Loss | None = None,
+) -> list[Provider]:
+    """Ours on packed tokens at each precision; ours on the padded batch and its rivals, which all know only that."""
+    exact = exact_gradients(packed["eager"], tokens)
+    own = partial(gradients, packed["ours"], tokens)
+    return [
+        *(Provider(f"ours packed {precision}", own, exact, precision) for precision in precisions()),
+        *all_providers(padded, plain, inputs, algebra, name="ours padded"),
+    ]
+
+
 def bench_importance_loss(benchmark: BenchmarkFixture) -> None:
     lengths = imdb_lengths()
     layout = Layout.of(lengths)
     benchmark.group = f"importance loss, {SAMPLES} samples with IMDB's lengths"
     benchmark.extra_info |= {"case": layout.description}
     h = torch.randn(*layout.mask.shape, WIDTH, generator=torch.Generator().manual_seed(0))
-    packed = layout.importance()
-
-    def plain(h: Tensor) -> Tensor:
-        return formulas.masked_importance(h, layout.mask)
-
-    providers = [
-        gradient_provider("ours packed", packed["ours"], [h[layout.mask]], packed["eager"]),
-        *gradient_providers(
-            {
-                "ours padded": lambda h: sf.importance_loss(h, layout.mask),
-                "eager": plain,
-                "compiled": lambda h: compiled(formulas.masked_importance)(h, layout.mask),
-            },
-            [h],
-            plain,
-        ),
-    ]
+    mask = layout.mask
+    providers = packed_and_padded(
+        layout.importance(),
+        [h[mask]],
+        lambda h: sf.importance_loss(h, mask),
+        lambda h: formulas.masked_importance(h, mask),
+        [h],
+        lambda h: formulas.masked_importance_by_moment(h, mask),
+    )
     compare(benchmark, providers, sum(formulas.row_energy_floor(n, WIDTH) for n in lengths))
 
 
@@ -48,25 +60,14 @@ def bench_interaction(benchmark: BenchmarkFixture) -> None:
     generator = torch.Generator().manual_seed(0)
     B, T = layout.mask.shape
     q, k = (torch.randn(B, HEADS, T, HEAD_WIDTH, generator=generator) for _ in range(2))
-    tokens = [x.transpose(1, 2)[layout.mask] for x in (q, k)]  # (N, H, D)
-    packed = layout.interaction()
-    masked = formulas.masked_interaction_from_qk
-
-    def plain(q: Tensor, k: Tensor) -> Tensor:
-        return masked(q, k, layout.mask)
-
-    providers = [
-        gradient_provider("ours packed", packed["ours"], tokens, packed["eager"]),
-        *gradient_providers(
-            {
-                "ours padded": lambda q, k: sf.interaction_loss_from_qk(q, k, layout.mask),
-                "eager": plain,
-                "compiled": lambda q, k: compiled(masked)(q, k, layout.mask),
-            },
-            [q, k],
-            plain,
-        ),
-    ]
+    mask = layout.mask
+    providers = packed_and_padded(
+        layout.interaction(),
+        [x.transpose(1, 2)[mask] for x in (q, k)],  # (N, H, D)
+        lambda q, k: sf.interaction_loss_from_qk(q, k, mask),
+        lambda q, k: formulas.masked_interaction_from_qk(q, k, mask),
+        [q, k],
+    )
     compare(benchmark, providers, sum(formulas.interaction_floor(n, HEADS, HEAD_WIDTH) for n in lengths))
 
 

@@ -3,8 +3,8 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 
@@ -20,7 +20,7 @@ ROUNDS = 3, 25  # at least, at most
 
 Loss = Callable[..., Tensor]
 Step = Callable[[], Sequence[Tensor]]
-Problem = tuple[Loss, Loss, tuple[Tensor, ...]]  # loss, oracle, inputs
+Problem = tuple[Loss, Loss, tuple[Tensor, ...], float]  # loss, oracle, inputs, floor of its work
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Provider:
     """A way of computing something: ``step`` gives what ``expected``, in float64, is held against.
 
     ``results`` does, where the step is timed for more than it gives. ``warm_up``: its first call takes memory that
-    later ones do not, to compile or to keep.
+    later ones do not, to compile or to keep. ``floor``: of its own work, where that is not the case's. ``threads``: its
+    own, where they are not the case's.
     """
 
     name: str
@@ -55,10 +56,13 @@ class Provider:
     precision: str = "highest"
     results: Step | None = None
     warm_up: bool = True
+    floor: float | None = None
+    threads: int | None = None
 
     def run(self) -> Sequence[Tensor]:
         torch.set_float32_matmul_precision(self.precision)
-        return self.step()
+        with using_threads(self.threads or torch.get_num_threads()):
+            return self.step()
 
     def error(self, given: Sequence[Tensor] = ()) -> float:
         """Largest relative error, in the Euclidean norm, of what the step gives or, just now, has given."""
@@ -86,16 +90,7 @@ def gradients(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def gradient_provider(name: str, loss: Loss, inputs: Sequence[Tensor], oracle: Loss) -> Provider:
     """Forward and backward of ``loss``, held against ``oracle`` in float64."""
-    return gradient_providers({name: loss}, inputs, oracle)[0]
-
-
-def gradient_providers(losses: Mapping[str, Loss], inputs: Sequence[Tensor], oracle: Loss) -> list[Provider]:
-    """The same of several, which share what the oracle gives."""
-    exact = exact_gradients(oracle, inputs)
-    return [
-        Provider(name, partial(gradients, loss, inputs), exact, warm_up=loss is not oracle)
-        for name, loss in losses.items()
-    ]
+    return Provider(name, partial(gradients, loss, inputs), exact_gradients(oracle, inputs), warm_up=loss is not oracle)
 
 
 def exact_gradients(oracle: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -104,14 +99,18 @@ def exact_gradients(oracle: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...
 
 
 @contextmanager
-def every_processor() -> Iterator[None]:
-    """For what is not timed."""
+def using_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(len(usable_cpus()))
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def every_processor() -> AbstractContextManager[None]:
+    """For what is not timed."""
+    return using_threads(len(usable_cpus()))
 
 
 def usable_cpus() -> set[int]:
@@ -127,10 +126,11 @@ def matmul_gflops(threads: int, side: int = 1024) -> float:
     """What ``torch.mm`` of float32 reaches on ``threads`` threads."""
     a, b = (torch.randn(side, side) for _ in range(2))
     times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
+    with using_threads(threads):
+        for _ in range(15):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
     return 2 * side**3 / statistics.median(times) / 1e9
 
 
@@ -186,18 +186,19 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
     assert benchmark.stats is not None
     seconds[subject.name] = benchmark.stats.stats.data
 
-    peak = matmul_gflops(torch.get_num_threads())
-    for name, times in seconds.items():
-        result, median = measured[name], statistics.median(times)
+    for provider in [subject, *rivals]:
+        times = seconds[provider.name]
+        result, median = measured[provider.name], statistics.median(times)
         result.ms = median * 1e3
         result.times_as_long = statistics.median(t / own for t, own in zip(times, seconds[subject.name], strict=True))
-        if floor is not None:
-            result.gflops = floor / median / 1e9
-            result.fraction_of_matmul = result.gflops / peak
+        work = floor if provider.floor is None else provider.floor
+        if work is not None:
+            result.gflops = work / median / 1e9
+            result.fraction_of_matmul = result.gflops / matmul_gflops(provider.threads or torch.get_num_threads())
     benchmark.extra_info |= {
         "threads": torch.get_num_threads(),
         "floor_gflop": None if floor is None else floor / 1e9,
-        "matmul_gflops": peak,
+        "matmul_gflops": matmul_gflops(torch.get_num_threads()),
         "tile_gflops": tile_gflops(),
         "providers": {name: asdict(result) for name, result in measured.items()},
     }

@@ -36,6 +36,14 @@ def importance_by_moment(h: Tensor) -> Tensor:
     return (energy / squared_norm / h.shape[-1]).sqrt().mean()
 
 
+def masked_importance_by_moment(h: Tensor, mask: Tensor) -> Tensor:
+    h = h.masked_fill(~mask[..., None], 0)
+    squared_norm = h.square().sum(-1)
+    energy = ((h @ (h.mT @ h)) * h).sum(-1) - squared_norm.square()
+    ratio = (energy / squared_norm.masked_fill(~mask, 1) / h.shape[-1]).masked_fill(~mask, 1)
+    return ratio.sqrt().masked_fill(~mask, 0).sum() / mask.sum()
+
+
 def masked_importance(h: Tensor, mask: Tensor) -> Tensor:
     """Mean over real tokens of a padded batch."""
     h = h.masked_fill(~mask[..., None], 0)

@@ -18,26 +18,33 @@ def precisions() -> tuple[str, ...]:
 
 
 def all_providers(
-    ours: Loss, plain: Loss, inputs: Sequence[Tensor], algebra: Loss | None = None, *, dynamic: bool = True
+    ours: Loss,
+    plain: Loss,
+    inputs: Sequence[Tensor],
+    algebra: Loss | None = None,
+    *,
+    dynamic: bool = True,
+    name: str = "ours",
 ) -> list[Provider]:
     """Forward and backward; the first is ours at ``highest``. What is rounded to bfloat16, where the machine multiplies
     it, is so before the oracle.
 
     On more than one thread only the plain formula is a rival, to keep the run short. ``dynamic``: how it is compiled.
+    ``name``: of ours.
     """
     exact = exact_gradients(plain, inputs)
     one_thread = torch.get_num_threads() == 1
 
-    def provider(name: str, loss: Loss, precision: str = "highest") -> Provider:
+    def provider(title: str, loss: Loss, precision: str = "highest") -> Provider:
         warm_up = loss is not plain or precision != "highest"
-        return Provider(name, lambda: gradients(loss, inputs), exact, precision, warm_up=warm_up)
+        return Provider(title, lambda: gradients(loss, inputs), exact, precision, warm_up=warm_up)
 
-    providers = [provider(f"ours {precision}", ours, precision) for precision in precisions()]
+    providers = [provider(f"{name} {precision}", ours, precision) for precision in precisions()]
     providers.append(provider("eager", plain))
     if "medium" in precisions():  # elsewhere ours is as fast as in float32, and PyTorch's takes minutes
         rounded = [x.bfloat16() for x in inputs]
         exact_of_rounded = exact_gradients(plain, rounded)
-        providers.append(Provider("ours bfloat16", lambda: gradients(ours, rounded), exact_of_rounded))
+        providers.append(Provider(f"{name} bfloat16", lambda: gradients(ours, rounded), exact_of_rounded))
         if one_thread:
             providers.append(Provider("eager bfloat16", lambda: gradients(plain, rounded), exact_of_rounded))
     if one_thread:
