@@ -37,25 +37,30 @@ def task(output: ClassifierOutput, labels: Tensor) -> Tensor:
 def plain(output: ClassifierOutput, labels: Tensor) -> Tensor:
     """The released code's formulas, which make T×T tensors throughout."""
     h, ((q, k),) = output.hidden, output.qk
-    others = ~torch.eye(h.shape[-2], dtype=torch.bool, device=h.device)
-    polysemanticity = (h @ h.mT).square().where(others, 0).sum(-1) / (h.norm(dim=-1) + 1e-5).square()
-    importance = (polysemanticity / h.shape[-1]).clamp(min=1e-30).sqrt().mean()  # closed gates leave rows of zeros
-    attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-    interaction = (attention * (1 - (attention @ attention.mT).where(others, 0))).mean()
+    importance = importance_of(h).mean()
+    interaction = interaction_of((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)).mean()
     return task(output, labels) + LAMBDA_IMPORTANCE * importance + LAMBDA_INTERACTION * interaction
 
 
 def masked_plain(output: ClassifierOutput, labels: Tensor, mask: Tensor) -> Tensor:
     """The same of the real tokens of a padded batch."""
     h, ((q, k),) = output.hidden.masked_fill(~mask[..., None], 0), output.qk
-    others = ~torch.eye(h.shape[-2], dtype=torch.bool, device=h.device)
-    polysemanticity = (h @ h.mT).square().where(others, 0).sum(-1) / (h.norm(dim=-1) + 1e-5).square()
-    importance = (polysemanticity / h.shape[-1]).clamp(min=1e-30).sqrt().masked_fill(~mask, 0).sum() / mask.sum()
+    importance = importance_of(h).masked_fill(~mask, 0).sum() / mask.sum()
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None, :], -torch.inf)
     attention = scores.softmax(-1).masked_fill(~mask[:, None, :, None], 0)
-    sums = (attention * (1 - (attention @ attention.mT).where(others, 0))).sum((-1, -2))
-    interaction = (sums / mask.sum(-1).square()[:, None]).mean()
+    interaction = (interaction_of(attention).sum((-1, -2)) / mask.sum(-1).square()[:, None]).mean()
     return task(output, labels) + LAMBDA_IMPORTANCE * importance + LAMBDA_INTERACTION * interaction
+
+
+def importance_of(h: Tensor) -> Tensor:
+    others = ~torch.eye(h.shape[-2], dtype=torch.bool, device=h.device)
+    polysemanticity = (h @ h.mT).square().where(others, 0).sum(-1) / (h.norm(dim=-1) + 1e-5).square()
+    return (polysemanticity / h.shape[-1]).clamp(min=1e-30).sqrt()  # closed gates leave rows of zeros
+
+
+def interaction_of(attention: Tensor) -> Tensor:
+    others = ~torch.eye(attention.shape[-1], dtype=torch.bool, device=attention.device)
+    return attention * (1 - (attention @ attention.mT).where(others, 0))
 
 
 _safr = sf.SAFRLoss(LAMBDA_IMPORTANCE, LAMBDA_INTERACTION, variant="released")
