@@ -142,7 +142,7 @@ def test_measures_of_tokens_whose_two_large_features_cancel_beside_massive_ones(
 
 @every_backend(fused=True)
 @pytest.mark.parametrize("form", [{}, {"reduction": "none"}], ids=["mean", "none"])
-@pytest.mark.parametrize(("tokens", "width", "seed"), [(512, 64, 0), (300, 25, 1), (400, 40, 2)])
+@pytest.mark.parametrize(("tokens", "width", "seed"), [(512, 64, 3), (300, 25, 2)])
 def test_gradients_of_long_rows_beside_short_ones_in_as_many_directions(
     backend: str, form: dict[str, str], tokens: int, width: int, seed: int
 ) -> None:
