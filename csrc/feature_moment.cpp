@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "token_gram.hpp"
 
@@ -219,12 +220,15 @@ std::vector<int32_t> flagged(const Tokens& t, const float* energy, const float* 
 
 // ‖S‖ in the Euclidean norm, from its upper triangle.
 double norm_of(const Tokens& t, const float* upper, int64_t stride) {
-  double total = 0;
-  for (int64_t r = 0; r < t.width; ++r) {
-    const float* row = upper + r * stride + r;
-    total += 2.0 * t.pass.dot(row, row, t.width - r) - double(row[0]) * row[0];
-  }
-  return std::sqrt(total);
+  std::vector<double> sums(divide_up(t.width, 64));
+  t.crew.each(int64_t(sums.size()), [&](int64_t index) {
+    const Range rows = block(index, 64, t.width);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const float* row = upper + r * stride + r;
+      sums[index] += 2.0 * t.pass.dot(row, row, t.width - r) - double(row[0]) * row[0];
+    }
+  });
+  return std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
 }
 
 std::vector<float> diagonal_of(const float* s, int64_t stride, int64_t width) {

@@ -22,14 +22,14 @@ def work(call: Callable[[], object]) -> tuple[int, int]:
     return tuple(after - then for after, then in zip(_cpu.work(), before, strict=True))
 
 
-def row_energy_work(h: Tensor, **layout: Tensor) -> tuple[int, int]:
-    """Multiply-adds of a forward pass alone, and of a backward pass."""
+def row_energy_work(h: Tensor, counter: int = 0, **layout: Tensor) -> tuple[int, int]:
+    """Multiply-adds, or with ``counter`` 1 packed bytes, of a forward pass alone, and of a backward pass."""
     with torch.no_grad():
-        forward, _ = work(lambda: sf.row_energy(h, impl="cpp", **layout))
+        forward = work(lambda: sf.row_energy(h, impl="cpp", **layout))
     leaf = h.requires_grad_()
     energy, squared_norm = sf.row_energy(leaf, impl="cpp", **layout)
-    backward, _ = work(lambda: torch.autograd.grad((energy + squared_norm).sum(), leaf))
-    return forward, backward
+    backward = work(lambda: torch.autograd.grad((energy + squared_norm).sum(), leaf))
+    return forward[counter], backward[counter]
 
 
 @every_level
@@ -87,13 +87,37 @@ def test_padding_costs_nothing(level: str) -> None:
     assert padded == packed > 0
 
 
+def at_most(level: str, floats: float) -> float:
+    """Bytes of operands that hold so many numbers."""
+    # AMX's are of three bfloat16 a number, and made for both sides of a Gram matrix.
+    return (12 if level.endswith("amx") else 4.4) * floats
+
+
 @every_level
-def test_a_forward_pass_packs_tokens_as_often_as_it_must(level: str) -> None:
-    h = normal(1, 256, E)
-    with forced(level), torch.no_grad():
-        _, packed = work(lambda: sf.row_energy(h, impl="cpp"))
-    once = 3 if level.endswith("amx") else 1  # bfloat16 splits take 6 bytes, and are made for both sides
-    assert packed <= 1.1 * once * h.nbytes
+@pytest.mark.parametrize("T", [256, 448, 1024, 4096])
+def test_row_energy_packs_each_operand_once(level: str, T: int) -> None:
+    token = T < 512
+    with forced(level):
+        forward, backward = row_energy_work(normal(1, T, E), counter=1)
+    # Of h for G; for S and hᵀS'h, with half of S'.
+    assert T * E * 4 <= forward <= at_most(level, T * E if token else 2 * T * E + E * E / 2)
+    # Of h for G and M h, with M; for S_α (h and α h) and the products with S and S_α.
+    assert T * E * 4 <= backward <= at_most(level, 2 * T * E + T * T if token else 3 * T * E + 2 * E * E)
+
+
+@every_level
+@pytest.mark.parametrize("T", [256, 512, 1024])
+def test_the_interaction_packs_each_operand_once(level: str, T: int) -> None:
+    q, k = (normal(1, HEADS, T, D, seed=seed).requires_grad_() for seed in (0, 1))
+    A = normal(1, HEADS, T, T).softmax(-1).requires_grad_()
+    with forced(level):
+        _, from_a = work(lambda: sf.interaction_loss(A, impl="cpp"))
+        _, from_qk = work(lambda: sf.interaction_loss_from_qk(q, k, impl="cpp"))
+        with torch.no_grad():
+            _, forward = work(lambda: sf.interaction_loss(A, impl="cpp"))
+    assert HEADS * T * T * 4 <= forward <= at_most(level, HEADS * T * T)  # A for A Aᵀ
+    assert from_a <= at_most(level, HEADS * 3 * T * T)  # and M and A for M A
+    assert from_qk <= at_most(level, HEADS * (5 * T * T + 4 * T * D))  # and ∂L/∂s twice; q and k twice
 
 
 @pytest.mark.parametrize("layout", ["", ", torch.ones(1, T, dtype=torch.bool)"], ids=["plain", "masked"])
@@ -103,7 +127,16 @@ def test_row_energy_of_8192_tokens_holds_nothing_of_their_square(layout: str) ->
     assert peak <= 8192 * E * 4 / 2**20 + 16  # its gradient; the square would be 256
 
 
+def test_the_token_path_of_8192_tokens_holds_nothing_of_their_square() -> None:
+    """Which is taken where most rows cancel: here all but a long one, which they are orthogonal to."""
+    leaves = "[torch.block_diag(torch.tensor([[1e3]]), torch.randn(T - 1, 255))[None].requires_grad_()]"
+    peak = peak_mib(leaves, "sum(x.sum() for x in sf.row_energy(*leaves))", 8192)
+    assert peak <= 8192 * 256 * 4 / 2**20 + 16
+    made, _ = row_energy_work(torch.block_diag(torch.tensor([[1e3]]), normal(8191, 255))[None])
+    assert made >= 8192**2 * 256 / 2  # by the token path indeed
+
+
 def test_interaction_of_8192_tokens_holds_one_head_a_thread() -> None:
-    leaves = "[torch.randn(1, 4, T, 16).requires_grad_() for _ in range(2)]"
-    peak = peak_mib(leaves, "sf.interaction_loss_from_qk(*leaves, is_causal=True)", 8192, gradient=False)
-    assert peak <= 2 * 6 * 8192**2 / 2**20  # all 4 heads would be 1,536
+    leaves = "[torch.randn(1, 2, T, 16).requires_grad_() for _ in range(2)]"
+    peak = peak_mib(leaves, "sf.interaction_loss_from_qk(*leaves, is_causal=True)", 8192, threads=1)
+    assert peak <= 12 * 8192**2 / 2**20  # 768; one matrix more of both heads would be 512
