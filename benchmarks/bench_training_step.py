@@ -26,7 +26,9 @@ BATCHES = {
     "2 samples, T=1024": [1024] * 2,
     "1 sample, T=2048": [2048],
     "32 samples with IMDB's lengths, cut at 256": [min(words, 256) for words in imdb_lengths()],
+    "1 sample, T=4096": [4096],
 }
+LONG = {"1 sample, T=4096"}
 LAMBDA_IMPORTANCE, LAMBDA_INTERACTION = 1.0, 0.1
 
 
@@ -139,7 +141,7 @@ class Training:
         return Provider(name, step, self._exact[exact, dtype], precision, lambda: results(loss, None), warm_up, floor)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", [pytest.param(b, marks=[pytest.mark.long] * (b in LONG)) for b in BATCHES])
 def bench_training_step(benchmark: BenchmarkFixture, batch: str) -> None:
     benchmark.group = "training step of the paper's model"
     benchmark.extra_info |= {"case": batch}

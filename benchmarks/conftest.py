@@ -8,6 +8,16 @@ from comparison import usable_cpus
 import safr_fast as sf
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the cases of minutes, too, which a run leaves out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long", False):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run it with --long"))
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info.pop("node", None)
     machine_info["torch"] = torch.__version__
