@@ -134,7 +134,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
     def report(
         run: tyro.conf.Positional[Path],
-        text: tuple[str, ...] = (),
+        text: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
         data_dir: Path | None = None,
     ) -> Callable[[], None]:
         """Write one page of HTML that shows what a run's model does with words; it needs no network to open.
@@ -149,7 +149,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         Args:
             run: Folder of a run of safr-fast train.
-            text: Texts to look into, split at spaces and written as the data set writes them (SST-2: lower case,
+            text: A text to look into, split at spaces and written as the data set writes them (SST-2: lower case,
                 punctuation apart); by default one of each class from the test split.
             data_dir: Folder with the data set's files, if it is no longer where the run was trained from.
         """

@@ -365,8 +365,9 @@ def test_the_commands_run_from_end_to_end(small: list[str], tmp_path: Path, caps
     assert "average capacity" in capsys.readouterr().out
     cli.main(["evaluate", str(out), "--k", "30", "--normalised", "0"])
     assert "evaluation.json, which was made with normalised 2 (now 0)" in capsys.readouterr().out
-    cli.main(["report", str(out), "--text", "a good film"])
+    cli.main(["report", str(out), "--text", "a good film", "--text", "a bad one"])
     assert "report.html" in capsys.readouterr().out
+    assert all((out / "figures" / f"text{i}-capacity.svg").exists() for i in (1, 2))
     assert {"evaluation.json", "report.html"} <= {file.name for file in out.iterdir()}
 
 
