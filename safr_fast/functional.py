@@ -20,7 +20,11 @@ padding is, which may hold anything, NaN included.
 float32 products are as accurate as :func:`torch.set_float32_matmul_precision` asks. Under autocast ``h``, ``q`` and
 ``k`` are cast as for a matrix product, but for :func:`interference`; stored attention weights are not, since the losses
 turn on how far a weight is from 1, which 16 bits cannot say. Losses are float32 (float64 for float64 input). Where all
-tokens of a sample have norms below 1e-8, squared products leave float32's normal range and count as 0 on the CPU.
+tokens of a sample have norms below 1e-8, squared products leave float32's normal range and count as 0 on the CPU; above
+some 1e9 their sums overflow, which makes losses infinite and capacities 0.
+
+A compiler or :func:`torch.export.export` sees no values: offsets are then checked by the fused back ends on the CPU,
+by none in the reference. An exported program gives values, not gradients.
 
 Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """

@@ -89,8 +89,6 @@ class SAFRLoss(nn.Module):
         if scale is not None:
             arguments.check_number("scale", scale)
         check_impl(impl)
-        if variant not in ("paper", "released"):
-            raise ValueError(f'variant must be "paper" or "released", got {variant!r}')
         if criterion is not None and (isinstance(criterion, type) or not callable(criterion)):
             raise TypeError(
                 f"criterion must be a module or function of (logits, target), got {arguments.describe(criterion)}"
@@ -120,6 +118,16 @@ class SAFRLoss(nn.Module):
     def lambda_interaction(self, value: float) -> None:
         arguments.check_number("lambda_interaction", value, least=0)
         self._lambda_interaction = value
+
+    @property
+    def variant(self) -> Literal["paper", "released"]:
+        return self._variant
+
+    @variant.setter
+    def variant(self, value: Literal["paper", "released"]) -> None:
+        if value not in ("paper", "released"):
+            raise ValueError(f'variant must be "paper" or "released", got {value!r}')
+        self._variant = value
 
     def extra_repr(self) -> str:
         return (

@@ -120,9 +120,25 @@ def test_second_derivative_raises_and_says_what_to_use(name: str, backend: str) 
     with forced(backend) as impl:
         outputs = CALLS[name].function(*inputs, impl=impl)
         loss = outputs.sum() if isinstance(outputs, Tensor) else outputs[0].sum()
-        gradient = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
-        with pytest.raises(RuntimeError, match=r'differentiates once.*impl="reference"'):
-            gradient.square().sum().backward()
+        for gradient in torch.autograd.grad(loss, inputs, create_graph=True):
+            for x in inputs:  # by one of them alone: ∂L/∂q depends on k, too
+                with pytest.raises(RuntimeError, match=r'differentiates once.*impl="reference"'):
+                    torch.autograd.grad(gradient.square().sum(), x, retain_graph=True)
+
+
+@every_backend()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@each_call
+def test_gradients_of_many_outputs_at_once(name: str, dtype: torch.dtype, backend: str) -> None:
+    inputs = [x.requires_grad_() for x in CALLS[name].on(device_of(backend), dtype)]
+    with forced(backend) as impl:
+        outputs = CALLS[name].function(*inputs, impl=impl)
+        output = outputs if isinstance(outputs, Tensor) else outputs[0]
+        weights = normal(3, *output.shape, seed=6).to(output)
+        batched = torch.autograd.grad(output, inputs, weights, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(output, inputs, weight, retain_graph=True) for weight in weights]
+    for found, expected in zip(batched, zip(*single, strict=True), strict=True):
+        assert relative_error(found, torch.stack(expected)) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,15 +315,20 @@ def test_max_seqlen_may_be_what_only_the_device_knows(backend: str) -> None:
 @every_backend()
 def test_exports_for_any_batch_and_length(backend: str) -> None:
     class Measures(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))  # what asks for gradients keeps moments from some length on
+
         def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-            return sf.capacity(h, impl=impl), sf.importance_loss(h, impl=impl)
+            return sf.capacity(h * self.scale, impl=impl), sf.importance_loss(h * self.scale, impl=impl)
 
     h = normal(4, TOKENS, 16, device=device_of(backend))
+    model = Measures().to(h.device)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=4096)}
     with forced(backend) as impl:
-        program = torch.export.export(Measures(), (h,), dynamic_shapes=(sizes,)).module()
+        program = torch.export.export(model, (h,), dynamic_shapes=(sizes,)).module()
         other = normal(2, TOKENS + 9, 16, device=device_of(backend))
-        for result, expected in zip(program(other), Measures()(other), strict=True):
+        for result, expected in zip(program(other), model(other), strict=True):
             assert relative_error(result, expected) < 1e-6
 
 

@@ -302,7 +302,7 @@ def test_queries_and_keys_of_two_layers_are_not_taken_for_pairs() -> None:
         sf.SAFRLoss()(logits, target, hidden=h, qk=((q, q), (k, k)))
 
 
-def test_weights_may_be_set_anew_and_are_checked() -> None:
+def test_settings_may_be_set_anew_and_are_checked() -> None:
     logits, target, h, *_ = batch()
     loss = sf.SAFRLoss(1.0, 0.0)
     loss.lambda_importance = 2.0
@@ -311,6 +311,8 @@ def test_weights_may_be_set_anew_and_are_checked() -> None:
     for value in (float("nan"), -0.5):
         with pytest.raises(ValueError, match="lambda_interaction must be a finite number, at least 0"):
             loss.lambda_interaction = value
+    with pytest.raises(ValueError, match='variant must be "paper" or "released", got \'Released\''):
+        loss.variant = "Released"
     assert (loss.lambda_importance, loss.lambda_interaction) == (2.0, 0.0)
 
 

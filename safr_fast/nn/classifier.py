@@ -74,7 +74,7 @@ class TransformerClassifier(nn.Module):
         """Padded texts or packed ones.
 
         Args:
-            ids: int64 ``(B, T)`` word types; or ``(N,)``, packed end to end, with ``cu_seqlens``.
+            ids: int64, or int32, ``(B, T)`` word types; or ``(N,)``, packed end to end, with ``cu_seqlens``.
             mask: bool ``(B, T)``, true where a token is real; None: all are.
             cu_seqlens: int32 ``(S + 1,)`` offsets of packed texts, from 0 to N; excludes ``mask``.
             max_seqlen: tokens of the longest packed text; found out if None, for which a GPU has to be waited for.
@@ -85,6 +85,8 @@ class TransformerClassifier(nn.Module):
                 beside ``cu_seqlens``; ``max_seqlen`` without; on the CPU also, offsets not from 0 to N, or a sequence
                 longer than ``max_seqlen``.
         """
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"ids must be an int64 tensor of word types, got {arguments.describe(ids)}")
         arguments.check_cu_seqlens(cu_seqlens, mask, ids, "(N)")
         if cu_seqlens is None:
             if ids.dim() != 2:

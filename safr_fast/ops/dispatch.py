@@ -98,6 +98,13 @@ def transformed(*inputs: Tensor | None) -> bool:
     return batched and needed and torch.is_grad_enabled()
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether it stands for many tensors: of ``torch.vmap``, or a gradient under ``is_grads_batched``."""
+    if torch.compiler.is_compiling():
+        return False
+    return _functorch.is_batchedtensor(x) or _functorch.is_legacy_batchedtensor(x)
+
+
 def _within_transform() -> bool:
     """What a compiler can tell of it: the transforms it is in, not which of them a tensor has part in."""
     transforms = [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or ()]

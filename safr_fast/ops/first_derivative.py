@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 
+def is_differentiated(*inputs: Tensor) -> bool:
+    """Whether a backward pass may follow. An exported program has none, and keeps nothing for one: what is kept would
+    tie it to the lengths that it was made with."""
+    if torch.compiler.is_exporting():
+        return False
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
 def first_derivative(name: str, gradient: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """``gradient(*arguments)`` in the backward pass of ``name``; to differentiate it raises instead of giving zero."""
+    """``gradient(*arguments)`` in the backward pass of ``name``; to differentiate it by any tensor among them raises
+    instead of giving zero."""
     if torch.is_grad_enabled():  # only where the caller asked for create_graph
         return _FirstDerivative.apply(name, gradient, *arguments)
     return gradient(*arguments)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, library
 
 from safr_fast.ops import dispatch
-from safr_fast.ops.first_derivative import first_derivative
+from safr_fast.ops.first_derivative import first_derivative, is_differentiated
 from safr_fast.ops.row_energy import fake_moments, in_samples
 
 _library = library.Library("safr_fast", "FRAGMENT")
@@ -102,6 +102,6 @@ def importance(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, eps: f
     """Sum over tokens, or mean over the real ones, of ``√(P_i / E)`` of checked arguments, by a back end with kernels
     for it."""
     h, mask = in_samples(h, mask, cu_seqlens)
-    if torch.is_grad_enabled() and h.requires_grad:
+    if is_differentiated(h):
         return Importance.apply(h, mask, cu_seqlens, float(eps), mean, impl)
     return torch.ops.safr_fast.importance(h, mask, cu_seqlens, float(eps), mean, False, impl)[0]

@@ -12,7 +12,7 @@ from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
-from safr_fast.ops.first_derivative import first_derivative
+from safr_fast.ops.first_derivative import first_derivative, is_differentiated
 
 _library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
@@ -125,20 +125,24 @@ class InteractionFromQK(torch.autograd.Function):
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
             # tokens past the last sequence find the row of zeros below it
             factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
-        grad_q = _gradient(grad_q, factor, q) if ctx.needs_input_grad[0] else None
-        grad_k = _gradient(grad_k, factor, k) if ctx.needs_input_grad[1] else None
+        grad_q = _gradient(grad_q, factor, q, k) if ctx.needs_input_grad[0] else None
+        grad_k = _gradient(grad_k, factor, k, q) if ctx.needs_input_grad[1] else None
         return grad_q, grad_k, *(None,) * 9
 
 
-def _gradient(bare: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-    return first_derivative("the interaction", _scaled, bare, factor, x)
+def _gradient(bare: Tensor, factor: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+    """By ``x``; it depends on the ``others`` too, which is what they are here for."""
+    return first_derivative("the interaction", _scaled, bare, factor, x, *others)
 
 
-def _scaled(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, x: Tensor, *_: Tensor) -> Tensor:
     """``gradient · factor`` summed over the heads that share one of ``x``'s, in the dtype of ``x``."""
-    if gradient.shape == x.shape:  # in one launch
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
-    return (gradient * factor).unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
+    if gradient.shape == x.shape:
+        if gradient.dtype == x.dtype == factor.dtype or dispatch.is_batched(factor):
+            return (gradient * factor).to(x.dtype)
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))  # in one launch
+    shared = x.shape[0], x.shape[1], gradient.shape[1] // x.shape[1], *x.shape[2:]
+    return (gradient * factor).reshape(shared).sum(2).to(x.dtype)
 
 
 def interaction(
@@ -153,7 +157,7 @@ def interaction(
     chosen = dispatch.choose(impl, attention, mask)
     if chosen == "reference":
         return reference.interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
-    if torch.is_grad_enabled() and attention.requires_grad:
+    if is_differentiated(attention):
         return Interaction.apply(attention, mask, squared, exclude_diagonal, chosen, workspace_bytes)
     options = (squared, exclude_diagonal, False, chosen, workspace_bytes)
     return torch.ops.safr_fast.interaction(attention, mask, *options)[0]
@@ -187,7 +191,7 @@ def interaction_from_qk(
             exclude_diagonal=exclude_diagonal,
         )
     formula = (scale, is_causal, squared, exclude_diagonal)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if is_differentiated(q, k):
         return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, chosen, workspace_bytes, max_seqlen)
     options = (*formula, False, chosen, workspace_bytes, max_seqlen)
     return torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *options)[0]

@@ -11,7 +11,7 @@ from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
-from safr_fast.ops.first_derivative import first_derivative
+from safr_fast.ops.first_derivative import first_derivative, is_differentiated
 from safr_fast.precision import matmul_precision
 
 _library = library.Library("safr_fast", "FRAGMENT")
@@ -113,7 +113,7 @@ def row_energy(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, impl: 
         return reference.row_energy(h, mask, cu_seqlens)
     rows = h.shape[:-1]
     h, mask = in_samples(h, mask, cu_seqlens)
-    if torch.is_grad_enabled() and h.requires_grad:
+    if is_differentiated(h):
         energy, squared_norm = RowEnergy.apply(h, mask, cu_seqlens, chosen)
     else:
         energy, squared_norm, _ = torch.ops.safr_fast.row_energy(h, mask, cu_seqlens, False, chosen)
