@@ -196,12 +196,8 @@ def _train(config: "TrainConfig", resume: bool) -> None:
 def _evaluate(run: Path, config: "EvaluationConfig", data_dir: Path | None, device: str) -> None:
     from safr_fast.evaluation.run import FILE, evaluate_run
     from safr_fast.evaluation.table import table
-    from safr_fast.training.run import RunFolder
 
-    stored = RunFolder(run).load_evaluation(FILE)
-    if stored is not None and stored["config"] != config.to_json():
-        print(f"will replace {run / FILE}, which was made with {config.differs(stored['config'])}")
-    print(table(evaluate_run(run, config, data_dir=data_dir, device=device)))
+    print(table(evaluate_run(run, config, data_dir=data_dir, device=device, report=partial(print, flush=True))))
     print(f"\nwritten: {run / FILE}")
 
 

@@ -93,6 +93,10 @@ def test_rows_that_may_not_be_the_papers_are_noted(tmp_path: Path, monkeypatch: 
         write_parquet(tmp_path / f"{split}.parquet", text=["a", "b"], label=[0, 1], paper=[True, False])
     marked = load("sst2", tmp_path)
     assert (len(marked.train), marked.note) == (1, "")
+    (tmp_path / "test.parquet").rename(tmp_path / "test-00000-of-00002.parquet")
+    write_parquet(tmp_path / "test-00001-of-00002.parquet", text=["c"], label=[1])
+    assert [len(split) for split in (load("sst2", tmp_path).train, load("sst2", tmp_path).test)] == [2, 3]
+    assert load("sst2", tmp_path).note == load("sst2").note
 
 
 @needs_shared
@@ -286,6 +290,18 @@ def one_of_each(folder: Path) -> None:
         write_parquet(folder / f"{name}.parquet", text=["a", "b"], label=[0, 1])
 
 
+def no_words_in_reviews(folder: Path) -> None:
+    for split, label, i in itertools.product(("train", "test"), ("pos", "neg"), range(2)):
+        file = folder / split / label / f"{i}_7.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a film" if split == "train" else " ", encoding="utf-8")
+
+
+def no_words_in_tables(folder: Path) -> None:
+    for name, text in (("train", " "), ("test", "a film")):
+        write_parquet(folder / f"{name}.parquet", text=[text] * 4, label=[0, 0, 1, 1])
+
+
 def no_parquet(folder: Path) -> None:
     pytest.importorskip("pyarrow")
     (folder / "train.parquet").write_text("text,label")
@@ -307,6 +323,8 @@ def no_parquet(folder: Path) -> None:
         (train_alone, "holds neither test.parquet nor aclImdb, but other, train.parquet"),
         (a_part_missing, "must hold either train.parquet or all of its parts, found train-00000-of-00002.parquet"),
         (whole_and_parts, "or all of its parts, found train-00000-of-00002.parquet, train.parquet"),
+        (no_words_in_reviews, "no text of the test split in .* has a word: give a folder"),
+        (no_words_in_tables, "no text of the train split in .* has a word: give a folder"),
         (latin_1, "neg/0_3.txt' must be UTF-8: .* convert"),
     ],
 )
@@ -314,6 +332,12 @@ def test_a_folder_that_does_not_serve_says_why(tmp_path: Path, fill: Callable[[P
     fill(tmp_path)
     with pytest.raises(DataUnavailable, match=message):
         load("imdb", tmp_path)
+
+
+def test_a_table_of_sst2_that_is_damaged_is_named(tmp_path: Path) -> None:
+    no_parquet(tmp_path)
+    with pytest.raises(DataUnavailable, match=r"train.parquet' cannot be read as parquet: .* get it anew"):
+        load("sst2", tmp_path)
 
 
 def test_names_and_folders_that_do_not_exist_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,10 @@ def test_bootstrap_intervals_are_those_of_scipy_and_one_resample_serves_all() ->
         (lambda: t_interval([]), "values must hold at least one number, got none"),
         (lambda: bootstrap(torch.zeros(3), level=95), "level must be between 0 and 1, such as 0.95, got 95"),
         (lambda: evaluate_scores(predict, Split(["a"], [1]), {}, EvaluationConfig()), "scores must hold those of at"),
+        (
+            lambda: evaluate_scores(predict, Split(["a"], [1]), {"random/0": [torch.ones(1)]}, EvaluationConfig()),
+            "scores must not be named random or random/..., as the control is, got 'random/0': rename it",
+        ),
     ],
 )
 def test_what_statistics_cannot_be_taken_of_is_named(call: Callable[[], object], message: str) -> None:
@@ -311,11 +316,13 @@ def test_a_run_is_evaluated_on_the_data_and_by_the_rankers_asked_for(
 
     def load(dataset: str, data_dir: Path | None, **options: Any) -> Corpus:
         folders.append(data_dir)
-        return read(dataset, data_dir, **options)
+        return replace(read(dataset, data_dir, **options), note="all rows")
 
     monkeypatch.setattr(loop.data, "load", load)
     config = EvaluationConfig(k=(30,), normalised=0, texts=4, gradients=True)
-    result = evaluate_run(tmp_path / "run", config, data_dir="moved", file="other.json")
+    said: list[str] = []
+    result = evaluate_run(tmp_path / "run", config, data_dir="moved", file="other.json", report=said.append)
+    assert said == ["all rows"]
     assert folders == [Path("moved")]
     assert result["texts"] == 4
     assert set(GRADIENT_RANKERS) < set(result["rankers"])

@@ -251,6 +251,18 @@ def test_unknown_rankers_are_named_before_the_work(runs: dict[str, Path], monkey
         evaluate_run(runs["vmask"], EvaluationConfig(rankers=("vmsk",)))
 
 
+def test_data_that_a_run_was_not_trained_on_are_refused(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop.data, "load", lambda *_, **__: synthetic(1, {"train": 64, "dev": 20, "test": 20}))
+    before = (runs["vmask"] / "evaluation.json").read_bytes()
+    for look in (evaluate_run, report_run):
+        with pytest.raises(RunError, match=r"the data are not those that .* began with, .*: give those .* --data-dir"):
+            look(runs["vmask"], data_dir="other")
+    assert (runs["vmask"] / "evaluation.json").read_bytes() == before
+    assert capsys.readouterr().out == ""  # nothing was said to be replaced
+
+
 def test_the_page_takes_a_text_of_each_class_that_is_neither_short_nor_long() -> None:
     middle = "a b c d e f g h i j k"
     assert page._examples(Split(["x", f"0 {middle}", f"1 {middle}", f"2 {middle}"], [1, 0, 1, 0])) == [

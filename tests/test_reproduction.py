@@ -104,6 +104,15 @@ def test_a_table_never_shrinks_while_it_is_made_again(small: list[str], tmp_path
     reproduce("table2", config(tmp_path, seeds=2, **wanted), report=look)
     assert seen[0] == [[0], [0]]
     assert seen[-1] == [[0, 1], [0]]
+    said: list[str] = []
+    fewer = config(tmp_path, seeds=1, **(wanted | {"rows": ("baseline",)}))
+    for _ in range(2):
+        reproduce("table2", fewer, report=said.append)
+    file = tmp_path / "table2-synthetic-masked.json"
+    assert said == [f"replaces {file}, which also had masked baseline of seed 1; masked 0,0 of seed 0, 1"]
+    file.write_text("[]")
+    reproduce("table2", fewer, report=said.append)
+    assert len(said) == 1
 
 
 def test_runs_on_other_data_make_no_row_together(small: list[str], tmp_path: Path) -> None:
@@ -330,6 +339,8 @@ def test_options_of_the_training_reach_it() -> None:
 
 
 def test_options_of_the_evaluation_are_refused_before_the_training(small: list[str], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="target must be one of table1, table2, table3, figure3, got 'table4'"):
+        reproduce("table4", config(tmp_path), report=quiet)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="texts must be at least 1, got 0"):
         reproduce("table2", config(tmp_path, texts=0), report=quiet)
     assert small == []
@@ -340,6 +351,9 @@ def test_options_of_the_evaluation_are_refused_before_the_training(small: list[s
     [
         ({"rows": ("1",)}, "rows must be baseline or two weights such as 1,0.1, got '1'"),
         ({"rows": ("a,b",)}, "rows must be baseline or two weights"),
+        ({"dataset": "sst3"}, "dataset must be one of synthetic, sst2, imdb, got 'sst3'"),
+        ({"protocol": "none"}, "protocol must be one of masked, released, both, got 'none'"),
+        ({"variant": None}, "variant must be one of released, paper, got None"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"model": ModelConfig(layers=2)}, "model.layers must be 1, as in the paper, got 2"),
         ({"model": ModelConfig(gate=False)}, "model.gate belongs to the rows: give --rows baseline"),
@@ -365,6 +379,10 @@ def test_the_commands_run_from_end_to_end(small: list[str], tmp_path: Path, caps
     assert "average capacity" in capsys.readouterr().out
     cli.main(["evaluate", str(out), "--k", "30", "--normalised", "0"])
     assert "evaluation.json, which was made with normalised 2 (now 0)" in capsys.readouterr().out
+    for damaged in ("{", json.dumps(json.loads((out / "evaluation.json").read_text()) | {"config": []})):
+        (out / "evaluation.json").write_text(damaged)
+        cli.main(["evaluate", str(out), "--k", "30", "--normalised", "0"])
+        assert f"will replace {out / 'evaluation.json'}, which is damaged" in capsys.readouterr().out
     cli.main(["report", str(out), "--text", "a good film", "--text", "a bad one"])
     assert "report.html" in capsys.readouterr().out
     assert all((out / "figures" / f"text{i}-capacity.svg").exists() for i in (1, 2))

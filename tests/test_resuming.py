@@ -152,8 +152,8 @@ def test_a_kill_between_weights_and_state_repeats_the_epoch(tmp_path: Path, monk
         patched.setattr(RunFolder, "save_state", save_state)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts")
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "step", "ep')
+    with (tmp_path / "parts" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"event": "st\xffp", "step": 1}\n3\n{"\xc3\xa9vent": "step"}\n{"event": "step", "ep')
     run(tmp_path / "parts", resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
@@ -373,7 +373,10 @@ def test_files_of_two_runs_are_not_put_together(tmp_path: Path) -> None:
         load_run(out)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"texts": 3}'])
+WRONG_INSIDE = {"config": [], "texts": 3, "rankers": {}, "capacity": {}}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"texts": 3}', json.dumps(WRONG_INSIDE)])
 def test_an_evaluation_that_is_damaged_is_to_be_made_anew(tmp_path: Path, content: str) -> None:
     (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(RunError, match=r"evaluation.json cannot be read .*: remove it, and it is made anew"):
@@ -381,7 +384,21 @@ def test_an_evaluation_that_is_damaged_is_to_be_made_anew(tmp_path: Path, conten
 
 
 def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
-    cut("summary.json")(run(tmp_path / "run", epochs=1).out)
+    result = run(tmp_path / "run", epochs=1)
+    file = tmp_path / "run" / "summary.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"of a later version": 1}))
+    assert run(tmp_path / "run", epochs=1, resume=True) == result
+    without_seconds = {name: value for name, value in whole.items() if name not in ("seconds", "agreement")}
+    for damaged, lacks in (
+        (without_seconds, "agreement, seconds"),
+        (whole | {"test": {}}, "test.accuracy"),
+        (whole | {"dev": 1}, "dev.accuracy"),
+    ):
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(RunError, match=rf"summary.json cannot be read .it lacks {lacks}.: put back a copy"):
+            run(tmp_path / "run", epochs=1, resume=True)
+    cut("summary.json")(tmp_path / "run")
     with pytest.raises(RunError, match=r"summary.json cannot be read .* put back a copy"):
         run(tmp_path / "run", epochs=1, resume=True)
 

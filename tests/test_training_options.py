@@ -67,6 +67,10 @@ def test_a_run_that_cannot_start_writes_nothing(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dataset": "sst3"}, "dataset must be one of synthetic, sst2, imdb, got 'sst3'"),
+        ({"protocol": "paper"}, "protocol must be one of masked, released, got 'paper'"),
+        ({"variant": ["paper"]}, r"variant must be one of released, paper, got \['paper'\]"),
+        ({"impl": "cuda"}, "impl must be one of auto, reference, cpp, triton, got 'cuda'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite and above 0, got nan"),

@@ -52,8 +52,8 @@ def load(
             holds none of these, one of its subfolders may hold them all.
         seed: of the generated texts, and of IMDB's development split.
         all_rows: SST-2: also take the rows outside the paper's subset. What belongs to it follows from the treebank's
-            own files, or a column ``paper`` of the parquet files says; the hub has neither, and gives all rows with a
-            note in the corpus.
+            own files, or a column ``paper`` of all parquet files says; without it, and from the hub, all rows come
+            with a note in the corpus.
         imdb_dev: the fifth of each class that IMDB's development split takes: ``"drawn"`` by the seed, or the
             ``"last"`` in the order of the files, as in the released code.
 
@@ -64,7 +64,12 @@ def load(
     if dataset == "synthetic":
         return synthetic(seed)
     folder = None if data_dir is None else Path(data_dir)
-    return _sst2(folder, all_rows) if dataset == "sst2" else _imdb(folder, seed if imdb_dev == "drawn" else None)
+    corpus = _sst2(folder, all_rows) if dataset == "sst2" else _imdb(folder, seed if imdb_dev == "drawn" else None)
+    for name, split in (("train", corpus.train), ("development", corpus.dev), ("test", corpus.test)):
+        if not any(text.split() for text in split.texts):
+            place = repr(str(folder)) if folder else _REPOSITORIES[dataset]
+            raise DataUnavailable(f"no text of the {name} split in {place} has a word: give a folder whose texts do")
+    return corpus
 
 
 def _sst2(folder: Path | None, all_rows: bool) -> Corpus:
@@ -75,8 +80,8 @@ def _sst2(folder: Path | None, all_rows: bool) -> Corpus:
         splits = raw.treebank(treebank, balanced=not all_rows)
     else:
         names = ("train", "validation", "test")
-        splits = tables.read(folder, names, "datasetSentences.txt", paper=not all_rows)
         known = tables.marks_paper(folder, names)
+        splits = tables.read(folder, names, "datasetSentences.txt", paper=known and not all_rows)
     note = "" if known or all_rows else _ALL_ROWS
     return Corpus("sst2", splits["train"], splits["validation"], splits["test"], note)
 

@@ -1,8 +1,10 @@
 """Splits kept as parquet files with columns ``text`` and ``label``."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safr_fast.data.corpus import DataUnavailable, Split
 
@@ -14,18 +16,16 @@ def read(folder: Path, names: Sequence[str], alternative: str, *, paper: bool = 
         folder: where to look.
         names: the splits, each ``train.parquet`` or ``train-00000-of-00002.parquet`` and its fellows.
         alternative: what the folder might have held instead, for the error.
-        paper: take only the rows that a column ``paper`` marks, where there is one.
+        paper: take only the rows that the column ``paper`` marks, which all files have.
     """
     place = _place(folder, names) or folder
     return {name: _split(place, name, alternative, paper) for name in names}
 
 
 def marks_paper(folder: Path, names: Sequence[str]) -> bool:
-    """Whether splits that :func:`read` gives have the column ``paper``."""
-    from pyarrow import parquet
-
+    """Whether all files of the splits that :func:`read` gives have the column ``paper``."""
     place = _place(folder, names) or folder
-    return all("paper" in parquet.read_schema(_files(place, name)[0]).names for name in names)
+    return all("paper" in _columns(file) for name in names for file in _files(place, name))
 
 
 def _place(folder: Path, names: Sequence[str]) -> Path | None:
@@ -61,20 +61,33 @@ def _split(place: Path, name: str, alternative: str, paper: bool) -> Split:
     return Split(texts, [label for part in parts for label in part.labels])
 
 
-def _part(file: Path, paper: bool) -> Split:
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
+    """The module that reads a file, whose errors become one sentence."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise DataUnavailable('parquet files need pyarrow: pip install "safr-fast[data]"') from None
     try:
-        columns = parquet.read_table(file).to_pydict()
+        yield parquet
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataUnavailable(f"{str(file)!r} cannot be read as parquet: {error}; get it anew") from error
+
+
+def _columns(file: Path) -> list[str]:
+    with _parquet(file) as parquet:
+        names: list[str] = parquet.read_schema(file).names
+        return names
+
+
+def _part(file: Path, paper: bool) -> Split:
+    with _parquet(file) as parquet:
+        columns = parquet.read_table(file).to_pydict()
     if not {"text", "label"} <= columns.keys():
         raise DataUnavailable(f"{str(file)!r} must have columns text and label, got {', '.join(columns)}")
     texts, labels = [], []
     for row, (text, label) in enumerate(zip(columns["text"], columns["label"], strict=True)):
-        if paper and "paper" in columns and not columns["paper"][row]:
+        if paper and not columns["paper"][row]:
             continue
         if not isinstance(text, str):
             raise DataUnavailable(f"text in {str(file)!r} must be a string, row {row} has {text!r}: mend or remove it")

@@ -1,8 +1,7 @@
 """A run evaluated: every ranker of its model, measured by deletion on the test split."""
 
-import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from safr_fast.evaluation.rankers import GRADIENT_RANKERS, Scores, score
 from safr_fast.evaluation.statistics import bootstrap, paired_test
 from safr_fast.training import load_run
 from safr_fast.training.errors import OptionError, RunError
-from safr_fast.training.loop import load_corpus
+from safr_fast.training.loop import corpus_of_run
 from safr_fast.training.run import RunFolder, write_json
 from safr_fast.training.settings import choose_device
 
@@ -42,11 +41,15 @@ def evaluate_run(
     data_dir: str | Path | None = None,
     device: str = "auto",
     file: str = FILE,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluate a run on its test split, and write the result into its folder.
 
+    ``report`` takes what a reader should know of the data, and of an evaluation that is about to be replaced.
+
     Raises:
-        RunError: no such run, one without a finished epoch, or no right to write into its folder.
+        RunError: no such run, one without a finished epoch, no right to write into its folder, or data that it was not
+            trained on.
         DataUnavailable: the run's data set is not where it was; give ``data_dir``.
         ModuleNotFoundError: gradients are asked for and captum is not installed.
     """
@@ -56,12 +59,13 @@ def evaluate_run(
         raise RunError(f"{run} takes no {file}, it cannot be written to: evaluate a copy of the folder")
     weights = RunFolder(Path(run)).digest()
     model = model.to(choose_device(device))
-    if data_dir is not None:
-        trained = dataclasses.replace(trained, data_dir=Path(data_dir))
-    split = _drawn(load_corpus(trained).test, config)
+    corpus = corpus_of_run(run, trained, data_dir)
+    split = _drawn(corpus.test, config)
     predictor = Predictor(model, vocabulary, trained)
     if config.rankers:  # a name that is asked for in vain is said before the work
         _check_rankers(config, score(model, predictor.encode(split.texts[:1]), gradients=config.gradients))
+    for line in filter(None, (corpus.note, _replaced(Path(run), file, config))):
+        report(line)
     scores = score(model, predictor.encode(split.texts), gradients=config.gradients, progress=_bar("scores"))
     result = {
         "config": config.to_json(),
@@ -71,6 +75,17 @@ def evaluate_run(
     }
     write_json(Path(run) / file, result)
     return result
+
+
+def _replaced(run: Path, file: str, config: EvaluationConfig) -> str:
+    """The line about an evaluation that is about to be lost; empty where it was made as this one will be."""
+    try:
+        stored = RunFolder(run).load_evaluation(file)
+    except RunError:
+        return f"will replace {run / file}, which is damaged"
+    if stored is None or stored["config"] == config.to_json():
+        return ""
+    return f"will replace {run / file}, which was made with {config.differs(stored['config'])}"
 
 
 def evaluate_scores(
@@ -94,12 +109,17 @@ def evaluate_scores(
 
     Raises:
         OptionError: ``config`` names a ranker that is not among ``scores``.
-        TypeError, ValueError: as :func:`safr_fast.evaluation.measure`; rankers score different numbers of words.
+        TypeError, ValueError: as :func:`safr_fast.evaluation.measure`; rankers score different numbers of words, or
+            one is named as the control.
     """
     texts = [text.split() for text in split.texts]
     labels = torch.tensor(split.labels)
     if not scores:
         raise ValueError("scores must hold those of at least one ranker, by name, got none")
+    if taken := [name for name in scores if name == RANDOM or name.startswith(f"{RANDOM}/")]:
+        raise ValueError(
+            f"scores must not be named {RANDOM} or {RANDOM}/..., as the control is, got {taken[0]!r}: rename it"
+        )
     lengths = next(iter(scores.values()))
     _check_rankers(config, scores)
     _check_lengths(scores)

@@ -21,7 +21,7 @@ from safr_fast.report import content, figures
 from safr_fast.report.drawn import Drawn
 from safr_fast.training import TrainConfig, load_run
 from safr_fast.training.errors import OptionError
-from safr_fast.training.loop import load_corpus
+from safr_fast.training.loop import corpus_of_run
 from safr_fast.training.protocol import PROTOCOLS
 from safr_fast.training.run import RunFolder, write_atomically
 
@@ -47,7 +47,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
         data_dir: where the data set is, if no longer where the run was trained from.
 
     Raises:
-        RunError: no such run, or one without a finished epoch.
+        RunError: no such run, one without a finished epoch, or data that it was not trained on.
         OptionError: a text without words.
         DataUnavailable: no text is given, and the data set is not there to take one from.
     """
@@ -57,8 +57,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
     model, vocabulary, config = load_run(run)
     predictor = Predictor(model, vocabulary, config)
     if not texts:
-        moved = config if data_dir is None else TrainConfig.from_json(config.to_json() | {"data_dir": str(data_dir)})
-        texts = _examples(load_corpus(moved).test)
+        texts = _examples(corpus_of_run(run, config, data_dir).test)
     looked_into = [content.of_text(model, predictor, text) for text in texts]
     evaluation = RunFolder(run).load_evaluation(EVALUATION)
     outdated = evaluation is not None and evaluation.get("weights") != RunFolder(run).digest()
@@ -151,10 +150,9 @@ def _facts(model: TransformerClassifier, config: TrainConfig, run: Path) -> str:
     ]
     summary = RunFolder(run).load_summary()
     if summary is not None:
-        epochs = summary["epochs"]
-        tested = epochs if PROTOCOLS[config.protocol].tests_last_epoch else summary["best_epoch"]
-        accuracy = 100 * summary["test"]["accuracy"]
-        parts.append(f"test accuracy {accuracy:.2f} %, of epoch {tested} of {epochs}")
+        tested = summary.epochs if PROTOCOLS[config.protocol].tests_last_epoch else summary.best_epoch
+        accuracy = 100 * summary.test["accuracy"]
+        parts.append(f"test accuracy {accuracy:.2f} %, of epoch {tested} of {summary.epochs}")
     return ", ".join(parts)
 
 

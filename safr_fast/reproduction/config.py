@@ -8,10 +8,11 @@ from typing import Any, Literal
 from safr_fast.data.sources import Dataset
 from safr_fast.evaluation.config import EvaluationConfig
 from safr_fast.reproduction.settings import Setting, rows
-from safr_fast.training.config import ModelConfig, TrainConfig, Variant, as_paths
+from safr_fast.training.config import ModelConfig, TrainConfig, Variant, as_paths, check_choice
 from safr_fast.training.errors import OptionError
 
 Target = Literal["table1", "table2", "table3", "figure3"]
+_Protocols = Literal["masked", "released", "both"]
 
 
 def _usual(target: Target) -> Literal["released", "both"]:
@@ -26,7 +27,7 @@ class ReproductionConfig:
     """sst2 or imdb, from --data-dir or the hub; synthetic needs no data."""
     data_dir: Path | None = None
     """Folder with the data set's files; without it the Hugging Face hub is asked."""
-    protocol: Literal["masked", "released", "both"] | None = None
+    protocol: _Protocols | None = None
     """The protocol of the runs; by default both for table1, else released, beside which the paper's figures stand."""
     seeds: int = 5
     """Runs of each setting, with seeds 0, 1, ..."""
@@ -57,6 +58,10 @@ class ReproductionConfig:
     def __post_init__(self) -> None:
         as_paths(self, "data_dir", "out")
         object.__setattr__(self, "rows", tuple(self.rows))
+        check_choice("dataset", self.dataset, Dataset)
+        check_choice("variant", self.variant, Variant)
+        if self.protocol is not None:
+            check_choice("protocol", self.protocol, _Protocols)
         if self.seeds < 1:
             raise OptionError(f"seeds must be at least 1, got {self.seeds!r}")
         if self.normalised < 0:

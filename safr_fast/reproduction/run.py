@@ -1,5 +1,6 @@
 """Training and evaluating what a table lacks, and writing the table after every run."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from safr_fast.reproduction.config import ReproductionConfig, Target
 from safr_fast.reproduction.gradients import gradient_shares
 from safr_fast.reproduction.settings import Setting
 from safr_fast.reproduction.tables import figure, markdown, summarise
-from safr_fast.training.config import TrainConfig
+from safr_fast.training.config import TrainConfig, check_choice
 from safr_fast.training.errors import RunError
 from safr_fast.training.loop import train
 from safr_fast.training.run import WHERE, RunFolder, changed, write_atomically, write_json
@@ -74,12 +75,15 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
     Writes ``<target>-<dataset>.json`` and ``.md`` into ``config.out``, with ``-paper`` for that variant and with the
     protocol where it is not the table's usual one; for ``figure3`` an ``.svg`` for each protocol too. First from all
     runs that are done, then again after every other: what is done is there whenever the work is interrupted, and is not
-    done again. Of a finished run that is evaluated the small files are enough, its weights may be gone.
+    done again. Of a finished run that is evaluated the small files are enough, its weights may be gone. Where a table
+    replaces one that had more, ``report`` is told what.
 
     Raises:
+        OptionError: no such ``target``.
         RunError: a run in ``config.out`` was trained by other options, was evaluated on other data than the rest, or
             has to be evaluated anew and its weights are gone; or ``finished_only``, and none is.
     """
+    check_choice("target", target, Target)
     plan = [
         _Run(target, config, protocol, setting, seed)
         for seed in range(config.seeds)
@@ -94,7 +98,7 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
             _check_options(run)
             results[run] = run.result(stored)
     if results:
-        text = _written(target, config, plan, results)
+        text = _written(target, config, plan, results, report)
     for number, run in enumerate(plan, 1):
         if run in results or (config.finished_only and not run.finished):
             continue
@@ -103,26 +107,47 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
             report(f"left out: {obstacle}")
             continue
         _train(run, report)
-        results[run] = run.result(_evaluated(run))
-        text = _written(target, config, plan, results)
+        results[run] = run.result(_evaluated(run, report))
+        text = _written(target, config, plan, results, report)
     if not results:
         raise RunError(f"no run of {target} is finished in {config.out}: leave out --finished-only to train them")
     return text
 
 
 def _written(
-    target: Target, config: ReproductionConfig, plan: Sequence[_Run], results: Mapping[_Run, dict[str, Any]]
+    target: Target,
+    config: ReproductionConfig,
+    plan: Sequence[_Run],
+    results: Mapping[_Run, dict[str, Any]],
+    report: Callable[[str], None],
 ) -> str:
     """The table of the runs that are done, in the plan's order."""
     done = [run for run in plan if run in results]
     _check_data([(run.folder.path, results[run]["evaluation"]["texts"]) for run in done])
     summary = summarise(target, config.dataset, [results[run] for run in done], config.departures())
     text, stem = markdown(summary), config.stem(target)
-    write_json(stem.with_name(f"{stem.name}.json"), summary)
+    table = stem.with_name(f"{stem.name}.json")
+    if lost := _lost(table, summary["rows"]):
+        report(f"replaces {table}, which also had {lost}")
+    write_json(table, summary)
     write_atomically(stem.with_name(f"{stem.name}.md"), partial(Path.write_text, data=text, encoding="utf-8"))
     if target == "figure3":
         figure(summary, stem)
     return text
+
+
+def _lost(table: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The runs of a table's file that are not in these rows, as a sentence's part."""
+    kept = {(row["protocol"], row["setting"], seed) for row in rows for seed in row["seeds"]}
+    lost = []
+    try:
+        for row in json.loads(table.read_text(encoding="utf-8"))["rows"]:
+            protocol, setting = row["protocol"], row["setting"]
+            if seeds := [seed for seed in row["seeds"] if (protocol, setting, seed) not in kept]:
+                lost.append(f"{protocol} {setting} of seed {', '.join(map(str, seeds))}")
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""  # there is none, or a damaged one, which had nothing for a reader
+    return "; ".join(lost)
 
 
 def _check_data(texts: Sequence[tuple[Path, int]]) -> None:
@@ -158,7 +183,7 @@ def _check_options(run: _Run) -> None:
         )
 
 
-def _evaluated(run: _Run) -> dict[str, Any]:
+def _evaluated(run: _Run, report: Callable[[str], None]) -> dict[str, Any]:
     evaluation, folder = run.config.evaluation(run.target), run.folder
     if stored := run.stored():
         return stored
@@ -166,7 +191,12 @@ def _evaluated(run: _Run) -> dict[str, Any]:
         raise RunError(f"{obstacle}; leave it out by --finished-only, or train it anew by another --out")
     with settings(run.training):
         return evaluate_run(
-            folder.path, evaluation, data_dir=run.config.data_dir, device=run.config.device, file=run.file
+            folder.path,
+            evaluation,
+            data_dir=run.config.data_dir,
+            device=run.config.device,
+            file=run.file,
+            report=report,
         )
 
 

@@ -11,13 +11,14 @@ from safr_fast.training.config import ModelConfig, TrainConfig
 from safr_fast.training.errors import OptionError, RunError
 
 if TYPE_CHECKING:
-    from safr_fast.training.loop import TrainResult, train
+    from safr_fast.training.loop import train
     from safr_fast.training.model import build_model, load_run
+    from safr_fast.training.run import TrainResult
 
 __all__ = ["ModelConfig", "OptionError", "RunError", "TrainConfig", "TrainResult", "build_model", "load_run", "train"]
 
 # Loaded when first asked for: the command line reads its options and finds missing data before it waits for torch.
-_HOME = {"TrainResult": "loop", "train": "loop", "build_model": "model", "load_run": "model"}
+_HOME = {"TrainResult": "run", "train": "loop", "build_model": "model", "load_run": "model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,13 +4,14 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safr_fast.data.sources import Dataset
 from safr_fast.training.errors import OptionError
 
 Variant = Literal["released", "paper"]
 ProtocolName = Literal["masked", "released"]
+_Impl = Literal["auto", "reference", "cpp", "triton"]
 
 # What a run takes where it is told nothing else. The weights belong to the variant "released": the paper's for real
 # reviews; for generated ones, which are shorter, such that the gate closes on filler and stays open on planted words.
@@ -84,7 +85,7 @@ class TrainConfig:
     """Weight of the interaction term; 0 turns it off. By default 0.1 for sst2, 0.01 for imdb, 0.1 for synthetic."""
     variant: Variant = "released"
     """Form of both terms: the released code's means, to which the paper's λ belong, or the paper's sums."""
-    impl: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    impl: _Impl = "auto"
     """Back end of both terms; see safr-fast env."""
     learning_rate: float = 1e-4
     """Of Adam."""
@@ -122,6 +123,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "data_dir", "out")
+        check_choice("dataset", self.dataset, Dataset)
+        check_choice("protocol", self.protocol, ProtocolName)
+        check_choice("variant", self.variant, Variant)
+        check_choice("impl", self.impl, _Impl)
         self.model.check()
         for name in (
             "batch_size",
@@ -185,6 +190,13 @@ def as_paths(config: object, *names: str) -> None:
     for name in names:
         if isinstance(value := getattr(config, name), str):
             object.__setattr__(config, name, Path(value))
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """``choices``: a ``Literal``."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _at_least(config: object, name: str, least: int) -> None:

@@ -4,9 +4,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,27 +35,8 @@ from safr_fast.training.meter import Meter, peak_memory
 from safr_fast.training.model import build_model
 from safr_fast.training.plan import Step, share, steps
 from safr_fast.training.protocol import PROTOCOLS
-from safr_fast.training.run import Epoch, Progress, RunFolder, place, write_json
+from safr_fast.training.run import Epoch, Progress, RunFolder, TrainResult, place, write_json
 from safr_fast.training.settings import settings
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to. ``dev``, ``test``: accuracy, cross-entropy and regularisers of the tested epoch."""
-
-    out: Path
-    epochs: int
-    best_epoch: int
-    dev: dict[str, float]
-    test: dict[str, float]
-    agreement: dict[str, float]
-    """With the planted truth of generated reviews, on the test split; empty for real ones."""
-    seconds: float
-    peak_memory: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Bytes, of the process that ended the run, the first of several, and of its GPU."""
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"out": str(self.out)}
 
 
 def train(
@@ -79,10 +59,10 @@ def train(
         DataUnavailable: see :func:`safr_fast.data.load`.
     """
     with processes() as team:
-        config, folder, summary = team.from_first(lambda: _placed(config or TrainConfig(), resume))
+        config, folder, finished = team.from_first(lambda: _placed(config or TrainConfig(), resume))
         say = report if team.first else lambda line: None
-        if summary is not None:
-            result = TrainResult(**summary | {"out": folder.path})
+        if finished is not None:
+            result = finished
             say(f"{folder.path} is finished")
             if team.first and folder.state_file.exists():
                 folder.close()
@@ -96,7 +76,7 @@ def train(
     return result
 
 
-def _placed(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder, dict[str, Any] | None]:
+def _placed(config: TrainConfig, resume: bool) -> tuple[TrainConfig, RunFolder, TrainResult | None]:
     config, folder = place(config, resume)
     return config, folder, folder.load_summary()
 
@@ -105,6 +85,18 @@ def load_corpus(config: TrainConfig) -> data.Corpus:
     """The data that a run trains and tests on."""
     split = PROTOCOLS[config.protocol].imdb_dev
     return data.load(config.dataset, config.data_dir, seed=config.data_seed, all_rows=config.all_rows, imdb_dev=split)
+
+
+def corpus_of_run(run: str | Path, config: TrainConfig, data_dir: str | Path | None) -> data.Corpus:
+    """The data that a run was trained on, from ``data_dir`` if they were moved.
+
+    Raises:
+        RunError: they are others.
+        DataUnavailable: see :func:`safr_fast.data.load`.
+    """
+    corpus = load_corpus(config if data_dir is None else dataclasses.replace(config, data_dir=Path(data_dir)))
+    RunFolder(Path(run)).check_vocabulary(Vocabulary.of(corpus.train.texts))
+    return corpus
 
 
 class _Run:

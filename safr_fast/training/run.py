@@ -50,6 +50,25 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. ``dev``, ``test``: accuracy, cross-entropy and regularisers of the tested epoch."""
+
+    out: Path
+    epochs: int
+    best_epoch: int
+    dev: dict[str, float]
+    test: dict[str, float]
+    agreement: dict[str, float]
+    """With the planted truth of generated reviews, on the test split; empty for real ones."""
+    seconds: float
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    """Bytes, of the process that ended the run, the first of several, and of its GPU."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"out": str(self.out)}
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Paths of one run, and their contents."""
 
@@ -83,9 +102,12 @@ class RunFolder:
         return self.path / "summary.json"
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """In a run that goes on, make sure that the data are the same."""
+        """In a run that is there, make sure that the data are the same."""
         if self.vocabulary_file.exists() and self.load_vocabulary().words != vocabulary.words:
-            raise RunError(f"the data are not those that {self.path} began with: their vocabulary differs")
+            raise RunError(
+                f"the data are not those that {self.path} began with, their vocabulary differs: "
+                "give those it began with by --data-dir"
+            )
 
     def open(self, config: TrainConfig, vocabulary: Vocabulary, *, resume: bool) -> None:
         """Put configuration and vocabulary into the folder, which is there and locked.
@@ -119,20 +141,28 @@ class RunFolder:
         with _undamaged(self.vocabulary_file):
             return Vocabulary.load(self.vocabulary_file)
 
-    def load_summary(self) -> dict[str, Any] | None:
-        return self.load_result(self.summary_file.name, ("epochs", "best_epoch", "dev", "test"))
+    def load_summary(self) -> TrainResult | None:
+        """The result, whatever else a version may have written beside it; None before the end."""
+        fields = dataclasses.fields(TrainResult)
+        needed = [option.name for option in fields if option.default is option.default_factory is dataclasses.MISSING]
+        values = self.load_result(self.summary_file.name, (*needed, "dev.accuracy", "test.accuracy"))
+        if values is None:
+            return None
+        known = {option.name: values[option.name] for option in fields if option.name in values}
+        return TrainResult(**known | {"out": self.path})
 
     def load_evaluation(self, name: str) -> dict[str, Any] | None:
-        return self.load_result(name, ("config", "texts", "rankers", "capacity"), "remove it, and it is made anew")
+        needed = ("config.k", "config.normalised", "texts", "rankers", "capacity")
+        return self.load_result(name, needed, "remove it, and it is made anew")
 
     def load_result(self, name: str, needed: Sequence[str] = (), remedy: str | None = None) -> dict[str, Any] | None:
-        """A file of results, which must have what is ``needed``; None if there is none."""
+        """A file of results, which must have what is ``needed``, such as ``test.accuracy``; None if there is none."""
         file = self.path / name
         if not file.exists():
             return None
         with _undamaged(file, remedy):
             result = dict(json.loads(file.read_text(encoding="utf-8")))
-            if missing := [key for key in needed if key not in result]:
+            if missing := [keys for keys in needed if not _has(result, keys.split("."))]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             return result
 
@@ -141,13 +171,13 @@ class RunFolder:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def load_metrics(self) -> list[dict[str, Any]]:
-        """What was recorded, but for the half line that a kill may leave at the end."""
+        """What was recorded, but for damaged lines, such as the half one that a kill may leave at the end."""
         records = []
         if self.metrics_file.exists():
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):
+            for line in self.metrics_file.read_bytes().splitlines():
+                with suppress(ValueError):  # no JSON, or no UTF-8
                     records.append(json.loads(line))
-        return records
+        return [record for record in records if _has(record, ("event",))]
 
     def drop_metrics_after(self, progress: Progress) -> None:
         """Forget what was written after a checkpoint, a last half line too."""
@@ -240,6 +270,15 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     values = config.to_json()
     sizes = values.pop("model")
     return values | {f"model.{name}": value for name, value in sizes.items()}
+
+
+def _has(values: Any, keys: Sequence[str]) -> bool:
+    """Whether values that a file held are objects within objects down to the last key."""
+    for key in keys:
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
 
 
 @contextmanager
