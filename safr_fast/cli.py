@@ -145,7 +145,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
         safr-fast report runs/sst2-1
 
-        safr-fast report runs/sst2-1 --text "a fine film , never dull ."
+        safr-fast report runs/sst2-1 --text "a fine film , never dull ." --text "dull ."
 
         Args:
             run: Folder of a run of safr-fast train.

@@ -24,7 +24,7 @@ tokens of a sample have norms below 1e-8, squared products leave float32's norma
 some 1e9 their sums overflow, which makes losses infinite and capacities 0.
 
 A compiler or :func:`torch.export.export` sees no values: offsets are then checked by the fused back ends on the CPU,
-by none in the reference. An exported program gives values, not gradients.
+by none in the reference. An exported program gives gradients by ``impl="reference"`` alone.
 
 Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """

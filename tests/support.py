@@ -196,7 +196,9 @@ torch.set_num_threads({threads})
 def peak(T):
     leaves = {leaves}
     def call():
-        return torch.autograd.grad({value}, leaves)
+        with torch.set_grad_enabled({gradient}):
+            value = {value}
+            return torch.autograd.grad(value, leaves) if {gradient} else value
     return peak_beyond_now(call)
 
 peak({tokens} // 16)  # libraries loaded, threads started
@@ -204,12 +206,12 @@ print(peak({tokens}))
 """
 
 
-def peak_mib(leaves: str, value: str, tokens: int, *, threads: int = 2) -> float:
+def peak_mib(leaves: str, value: str, tokens: int, *, gradient: bool = True, threads: int = 2) -> float:
     """MiB that ``value`` of ``leaves`` takes at its peak beyond them, both in code that knows ``T``, with its gradient.
 
     Resident pages of a process of its own, so that buffers of every library count.
     """
-    code = PEAK.format(leaves=leaves, value=value, tokens=tokens, threads=threads)
+    code = PEAK.format(leaves=leaves, value=value, tokens=tokens, gradient=gradient, threads=threads)
     search = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": search}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -137,6 +137,9 @@ def test_gradients_of_many_outputs_at_once(name: str, dtype: torch.dtype, backen
         weights = normal(3, *output.shape, seed=6).to(output)
         batched = torch.autograd.grad(output, inputs, weights, is_grads_batched=True, retain_graph=True)
         single = [torch.autograd.grad(output, inputs, weight, retain_graph=True) for weight in weights]
+        if impl != "reference":
+            with pytest.raises(RuntimeError, match=r'differentiates once.*impl="reference"'):
+                torch.autograd.grad(output, inputs, weights, is_grads_batched=True, create_graph=True)
     for found, expected in zip(batched, zip(*single, strict=True), strict=True):
         assert relative_error(found, torch.stack(expected)) < (1e-6 if dtype == torch.float32 else 1e-2)
 

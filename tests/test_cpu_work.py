@@ -136,7 +136,13 @@ def test_the_token_path_of_8192_tokens_holds_nothing_of_their_square() -> None:
     assert made >= 8192**2 * 256 / 2  # by the token path indeed
 
 
-def test_interaction_of_8192_tokens_holds_one_head_a_thread() -> None:
-    leaves = "[torch.randn(1, 2, T, 16).requires_grad_() for _ in range(2)]"
-    peak = peak_mib(leaves, "sf.interaction_loss_from_qk(*leaves, is_causal=True)", 8192, threads=1)
-    assert peak <= 12 * 8192**2 / 2**20  # 768; one matrix more of both heads would be 512
+@pytest.mark.parametrize(
+    ("heads", "threads", "gradient", "matrices"), [(4, 2, False, 1.5), (2, 1, True, 3)], ids=["forward", "gradient"]
+)
+def test_interaction_of_8192_tokens_holds_one_head_a_thread(
+    heads: int, threads: int, gradient: bool, matrices: float
+) -> None:
+    leaves = f"[torch.randn(1, {heads}, T, 16).requires_grad_() for _ in range(2)]"
+    loss = "sf.interaction_loss_from_qk(*leaves, is_causal=True)"
+    peak = peak_mib(leaves, loss, 8192, gradient=gradient, threads=threads)
+    assert peak <= threads * matrices * 8192**2 * 4 / 2**20  # where one matrix more of every head would not fit

@@ -155,8 +155,8 @@ def test_a_model_of_16_bits_gates_in_its_own_dtype(dtype: torch.dtype, training:
     [
         ({"mask": torch.ones(2, 1, dtype=torch.bool)}, "mask must have shape (2, 6), got (2, 1)"),
         ({"mask": torch.ones(2, 6, dtype=torch.int64)}, "mask must be bool (true where a token is real), got int64"),
-        ({"ids": torch.zeros(2, 6)}, "ids must be an int64 tensor of word types, got float32 (2, 6)"),
-        ({"ids": [[1, 2]]}, "ids must be an int64 tensor of word types, got list of (list"),
+        ({"ids": torch.zeros(2, 6)}, "ids must be an int64 or int32 tensor of word types, got float32 (2, 6)"),
+        ({"ids": [[1, 2]]}, "ids must be an int64 or int32 tensor of word types, got list of (list"),
         ({"ids": torch.arange(6)}, "ids must have shape (B, T), or (N,) with cu_seqlens, got (6,)"),
         ({"max_seqlen": 6}, "max_seqlen goes with cu_seqlens"),
         (

@@ -48,8 +48,8 @@ def evaluate_run(
     ``report`` takes what a reader should know of the data, and of an evaluation that is about to be replaced.
 
     Raises:
-        RunError: no such run, one without a finished epoch, no right to write into its folder, or data that it was not
-            trained on.
+        RunError: no such run, one without a finished epoch, no right to write into its folder, or data whose training
+            words are not its own.
         DataUnavailable: the run's data set is not where it was; give ``data_dir``.
         ModuleNotFoundError: gradients are asked for and captum is not installed.
     """
@@ -85,7 +85,8 @@ def _replaced(run: Path, file: str, config: EvaluationConfig) -> str:
         return f"will replace {run / file}, which is damaged"
     if stored is None or stored["config"] == config.to_json():
         return ""
-    return f"will replace {run / file}, which was made with {config.differs(stored['config'])}"
+    how = config.differs(stored["config"]) or "options of another version"
+    return f"will replace {run / file}, which was made with {how}"
 
 
 def evaluate_scores(

@@ -86,7 +86,7 @@ class TransformerClassifier(nn.Module):
                 longer than ``max_seqlen``.
         """
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"ids must be an int64 tensor of word types, got {arguments.describe(ids)}")
+            raise TypeError(f"ids must be an int64 or int32 tensor of word types, got {arguments.describe(ids)}")
         arguments.check_cu_seqlens(cu_seqlens, mask, ids, "(N)")
         if cu_seqlens is None:
             if ids.dim() != 2:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safr_fast.ops.dispatch import is_batched
+
 
 def is_differentiated(*inputs: Tensor) -> bool:
     """Whether a backward pass may follow. An exported program has none, and keeps nothing for one: what is kept would
@@ -18,9 +20,15 @@ def is_differentiated(*inputs: Tensor) -> bool:
 def first_derivative(name: str, gradient: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """``gradient(*arguments)`` in the backward pass of ``name``; to differentiate it by any tensor among them raises
     instead of giving zero."""
-    if torch.is_grad_enabled():  # only where the caller asked for create_graph
-        return _FirstDerivative.apply(name, gradient, *arguments)
-    return gradient(*arguments)
+    if not torch.is_grad_enabled():  # it is where the caller asked for create_graph
+        return gradient(*arguments)
+    if any(isinstance(x, Tensor) and is_batched(x) for x in arguments):  # autograd would lose track of them
+        raise _differentiates_once(name)
+    return _FirstDerivative.apply(name, gradient, *arguments)
+
+
+def _differentiates_once(name: str) -> RuntimeError:
+    return RuntimeError(f'{name} differentiates once; for second derivatives use impl="reference"')
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -31,4 +39,4 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(f'{ctx.name} differentiates once; for second derivatives use impl="reference"')
+        raise _differentiates_once(ctx.name)

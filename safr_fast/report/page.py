@@ -47,7 +47,7 @@ def report_run(run: str | Path, texts: Sequence[str] = (), *, data_dir: str | Pa
         data_dir: where the data set is, if no longer where the run was trained from.
 
     Raises:
-        RunError: no such run, one without a finished epoch, or data that it was not trained on.
+        RunError: no such run, one without a finished epoch, or data whose training words are not its own.
         OptionError: a text without words.
         DataUnavailable: no text is given, and the data set is not there to take one from.
     """

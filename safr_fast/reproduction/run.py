@@ -107,7 +107,7 @@ def reproduce(target: Target, config: ReproductionConfig, *, report: Callable[[s
             report(f"left out: {obstacle}")
             continue
         _train(run, report)
-        results[run] = run.result(_evaluated(run, report))
+        results[run] = run.result(_evaluated(run))
         text = _written(target, config, plan, results, report)
     if not results:
         raise RunError(f"no run of {target} is finished in {config.out}: leave out --finished-only to train them")
@@ -183,7 +183,7 @@ def _check_options(run: _Run) -> None:
         )
 
 
-def _evaluated(run: _Run, report: Callable[[str], None]) -> dict[str, Any]:
+def _evaluated(run: _Run) -> dict[str, Any]:
     evaluation, folder = run.config.evaluation(run.target), run.folder
     if stored := run.stored():
         return stored
@@ -196,7 +196,7 @@ def _evaluated(run: _Run, report: Callable[[str], None]) -> dict[str, Any]:
             data_dir=run.config.data_dir,
             device=run.config.device,
             file=run.file,
-            report=report,
+            report=lambda line: None,  # training has said it
         )
 
 

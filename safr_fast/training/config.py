@@ -11,6 +11,7 @@ from safr_fast.training.errors import OptionError
 
 Variant = Literal["released", "paper"]
 ProtocolName = Literal["masked", "released"]
+# As the back ends' own, which wait for torch.
 _Impl = Literal["auto", "reference", "cpp", "triton"]
 
 # What a run takes where it is told nothing else. The weights belong to the variant "released": the paper's for real

@@ -91,7 +91,7 @@ def corpus_of_run(run: str | Path, config: TrainConfig, data_dir: str | Path | N
     """The data that a run was trained on, from ``data_dir`` if they were moved.
 
     Raises:
-        RunError: they are others.
+        RunError: other words are in the training split.
         DataUnavailable: see :func:`safr_fast.data.load`.
     """
     corpus = load_corpus(config if data_dir is None else dataclasses.replace(config, data_dir=Path(data_dir)))

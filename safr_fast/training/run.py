@@ -102,11 +102,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """In a run that is there, make sure that the data are the same."""
+        """In a run that is there, make sure that the data are the same, as far as their training words tell."""
         if self.vocabulary_file.exists() and self.load_vocabulary().words != vocabulary.words:
             raise RunError(
                 f"the data are not those that {self.path} began with, their vocabulary differs: "
-                "give those it began with by --data-dir"
+                "give those it began with by --data-dir, or train anew by another --out"
             )
 
     def open(self, config: TrainConfig, vocabulary: Vocabulary, *, resume: bool) -> None:
@@ -145,6 +145,7 @@ class RunFolder:
         """The result, whatever else a version may have written beside it; None before the end."""
         fields = dataclasses.fields(TrainResult)
         needed = [option.name for option in fields if option.default is option.default_factory is dataclasses.MISSING]
+        needed.remove("out")  # which may have moved
         values = self.load_result(self.summary_file.name, (*needed, "dev.accuracy", "test.accuracy"))
         if values is None:
             return None
