@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t kWide = 1024;
 constexpr int64_t kPart = 1024;            // tokens that are worth a sum of their own
 constexpr int64_t kMostOfParts = 1 << 19;  // floats of all such sums
-constexpr double kMostFlagged = 0.25;      // beyond, the token path is as fast
-constexpr double kLeast = 0.1;   // at 0.01 gradients that cancel were up to 13 times as far off as the plain formula's
+constexpr double kMostFlagged = 0.25;  // beyond, the token path is as fast
+constexpr double kLeast = 0.1;  // at 0.01 gradients that cancel were up to 13 times as far off as the plain formula's
 constexpr double kOfAxes = 0.08;  // at 0.04 gradients of 256 features were up to 2.5e-5 off, at 0.08 below 1e-5
 
 // The tokens `all` of S = Σ_i α_i h_i h_iᵀ (α = 1 where null): the upper triangle, by tiles. Rows are `stride` apart.
