@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
-    if isinstance(value, str | int | float | None):
+    if isinstance(value, (str, int, float, type(None))):
         return f"{type(value).__name__} {reprlib.repr(value)}"
     return kinds(value)
 
@@ -23,7 +23,7 @@ def describe(value: object) -> str:
 def kinds(value: object) -> str:
     """Its type and, of a list or tuple, those of the first that it holds."""
     kind = type(value).__name__
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         return kind
     more = ", ..." if len(value) > 3 else ""
     return f"{kind} of ({', '.join(map(kinds, value[:3]))}{more})"
@@ -36,7 +36,7 @@ def _item(name: str, value: object) -> str:
 
 def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        several = isinstance(tensor, list | tuple) and all(isinstance(x, Tensor) for x in tensor)
+        several = isinstance(tensor, (list, tuple)) and all(isinstance(x, Tensor) for x in tensor)
         remedy = f": pass torch.stack({name})" if several else ""
         raise TypeError(f"{name} must be a tensor, got {describe(tensor)}{remedy}")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -115,7 +115,7 @@ def check_offsets(
 def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
     if max_seqlen is None:
         return
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         remedy = _item("max_seqlen", max_seqlen)
         raise TypeError(f"max_seqlen must be None or a whole number of tokens, got {describe(max_seqlen)}{remedy}")
     if cu_seqlens is None:
@@ -164,7 +164,7 @@ def check_reduction(reduction: str) -> None:
 
 def check_number(name: str, value: float, least: float | None = None) -> None:
     bound = "" if least is None else f", at least {least}"
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):  # a tuple: PyTorch 2.8 compiles no union
         raise TypeError(f"{name} must be a finite number{bound}, got {describe(value)}{_item(name, value)}")
     # Compared rather than asked of math, which a compiler cannot trace; NaN compares with nothing.
     if not (-math.inf < value < math.inf) or (least is not None and value < least):

@@ -245,8 +245,8 @@ def _samples(padded: int, cu_seqlens: Tensor | None) -> int:
 def _layers(name: str, layers: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     if isinstance(layers, Tensor):
         return [layers]
-    if not isinstance(layers, list | tuple) or not all(isinstance(layer, Tensor) for layer in layers):
-        nothing = isinstance(layers, list | tuple) and any(layer is None for layer in layers)
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, Tensor) for layer in layers):
+        nothing = isinstance(layers, (list, tuple)) and any(layer is None for layer in layers)
         remedy = ": a model that gives no weights gives queries and keys to record_qk" if nothing else ""
         raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {arguments.kinds(layers)}{remedy}")
     return layers
@@ -254,9 +254,10 @@ def _layers(name: str, layers: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _pairs(qk: Pair | list[Pair]) -> list[Pair]:
     """A tuple is one pair: of two layers, all queries and all keys in a tuple each would look like two pairs."""
-    pairs = [qk] if isinstance(qk, list | tuple) and len(qk) > 0 and isinstance(qk[0], Tensor) else qk
+    pairs = [qk] if isinstance(qk, (list, tuple)) and len(qk) > 0 and isinstance(qk[0], Tensor) else qk
     if not isinstance(pairs, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair) for pair in pairs
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)
+        for pair in pairs
     ):
         raise TypeError(
             f"qk must be (q, k), two tensors, or of several layers a list [(q, k), ...], got {arguments.kinds(qk)}"

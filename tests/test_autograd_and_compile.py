@@ -22,6 +22,7 @@ from torch import Tensor, library
 from torch._dynamo.exc import TorchDynamoException
 
 import safr_fast as sf
+from safr_fast.ops import first_derivative
 
 TOKENS = 21
 
@@ -333,6 +334,16 @@ def test_exports_for_any_batch_and_length(backend: str) -> None:
         other = normal(2, TOKENS + 9, 16, device=device_of(backend))
         for result, expected in zip(program(other), model(other), strict=True):
             assert relative_error(result, expected) < 1e-6
+
+
+def test_what_an_older_dynamo_calls_an_export_keeps_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's before 2.12 calls every compilation one."""
+    x = torch.ones(1, requires_grad=True)
+    monkeypatch.setattr(first_derivative, "_DYNAMO_KNOWS_EXPORTS", False)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert not first_derivative.is_differentiated(x)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    assert first_derivative.is_differentiated(x)
 
 
 @every_backend()

@@ -8,11 +8,18 @@ from torch import Tensor
 
 from safr_fast.ops.dispatch import is_batched
 
+# Before PyTorch 2.12 Dynamo answers that it exports whenever it compiles.
+_DYNAMO_KNOWS_EXPORTS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting() and (_DYNAMO_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
+
 
 def is_differentiated(*inputs: Tensor) -> bool:
     """Whether a backward pass may follow. An exported program has none, and keeps nothing for one: what is kept would
     tie it to the lengths that it was made with."""
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return False
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
