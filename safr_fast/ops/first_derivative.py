@@ -9,7 +9,7 @@ from torch import Tensor
 from safr_fast.ops.dispatch import is_batched
 
 # Before PyTorch 2.12 Dynamo answers that it exports whenever it compiles.
-_DYNAMO_KNOWS_EXPORTS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)
+_DYNAMO_KNOWS_EXPORTS = torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
 
 
 def _is_exporting() -> bool:
