@@ -1,4 +1,7 @@
-"""Checks of what users pass: the one place where a wrong argument becomes a sentence."""
+"""Checks of what users pass: the one place where a wrong argument becomes a sentence.
+
+``isinstance`` takes tuples here and in ``loss``: PyTorch 2.8 compiles no union.
+"""
 
 import itertools
 import math
@@ -164,7 +167,7 @@ def check_reduction(reduction: str) -> None:
 
 def check_number(name: str, value: float, least: float | None = None) -> None:
     bound = "" if least is None else f", at least {least}"
-    if not isinstance(value, (int, float)):  # a tuple: PyTorch 2.8 compiles no union
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a finite number{bound}, got {describe(value)}{_item(name, value)}")
     # Compared rather than asked of math, which a compiler cannot trace; NaN compares with nothing.
     if not (-math.inf < value < math.inf) or (least is not None and value < least):
