@@ -42,8 +42,8 @@ struct Elementwise {
   double (*interaction)(const InteractionBlock&);
   // p = A ∘ (r − φ − p) scale, with the r that makes the row sum to zero
   void (*softmax_gradient)(const float* a, const float* phi, float scale, int64_t n, float* p);
-  // p = 1 − φ − p
-  void (*attention_gradient)(const float* phi, int64_t n, float* p);
+  // out = 1 − φ − p
+  void (*attention_gradient)(const float* phi, const float* p, int64_t n, float* out);
 };
 
 }  // namespace safr

@@ -22,8 +22,8 @@ void moment_of(const Tokens& t, Range all, const float* alpha, float* s, int64_t
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
   const int64_t strip = round_up(t.width >= kWide ? 256 : 64, p.nr), strips = divide_up(t.width, strip);
-  const bool own = !alpha && p.own_tiles.whole;  // both operands are the same panels
-  const int64_t left_strip = round_up(64, p.mr), left_strips = own ? 0 : divide_up(t.width, left_strip);
+  const bool own = !alpha && p.own_tiles.whole, turned = !alpha && p.turn;  // both operands are the same panels
+  const int64_t left_strip = round_up(64, p.mr), left_strips = own || turned ? 0 : divide_up(t.width, left_strip);
   const int64_t budget = t.crew.shared() ? 1 << 20 : 1 << 18;  // bytes of an operand; waking a crew has its price
   const int64_t affordable = budget / (t.width * std::max(p.left_bytes, p.right_bytes)) / p.depth * p.depth;
   const int64_t chunk = std::max<int64_t>(p.depth, affordable);
@@ -55,6 +55,7 @@ void moment_of(const Tokens& t, Range all, const float* alpha, float* s, int64_t
       } else {
         const Range cols = block(index - left_strips, strip, t.width);
         right.pack(t.h, cols.begin, cols, {0, ts.size()}, t0);
+        if (turned) packed->turn(right, cols, {0, ts.size()});
       }
     });
     t.crew.each(strips, [&](int64_t index) {

@@ -82,6 +82,18 @@ class Operand {
     work.packed_bytes.fetch_add(elements * bytes(), std::memory_order_relaxed);
   }
 
+  // The same lines and k as `other`, of the other side and the same panels, has packed.
+  void turn(const Operand& other, Range to, Range ks) const {
+    int64_t bytes = 0;
+    for (int64_t k0 = ks.begin; k0 < ks.end; k0 += depth) {
+      const int64_t count = round_up(std::min(depth, ks.end - k0), product.k_unit);
+      const int64_t panel = to.begin / width(), size = round_up(to.size(), width()) * count * this->bytes();
+      product.turn(other.panel(k0, panel), size, data_ + offset(k0, panel));
+      bytes += size;
+    }
+    work.packed_bytes.fetch_add(bytes, std::memory_order_relaxed);
+  }
+
   // All of it, from the matrix's first line and k.
   void pack(const View& matrix, int64_t line, int64_t lines) const { pack(matrix, line, {0, lines}, {0, k}); }
 
@@ -111,18 +123,24 @@ class Operand {
 // The columns of a right operand, block by block: packed once where all of it is small, else anew for each use.
 class ColumnBlocks {
  public:
-  // `needed` gives the range of k that a block of columns is multiplied over.
+  // `needed` gives the range of k that a block of columns is multiplied over. `of_gram`: with_rows will be asked for.
   template <typename Needed>
   ColumnBlocks(const Product& product, const Crew& crew, Workspace& workspace, const View& matrix, int64_t cols,
-               int64_t k, const Needed& needed)
+               int64_t k, bool of_gram, const Needed& needed)
       : product_(product), matrix_(matrix), k_(k) {
-    constexpr int64_t small = 4 << 20;
+    constexpr int64_t small = 6 << 20;
     if (cols * k * product.right_bytes > small) return;
     shared_.emplace(product, Side::right, workspace, cols, k);
+    if (of_gram && product.turn) left_.emplace(product, Side::left, workspace, cols, k);
     const int64_t side = block_side(product);
     crew.each(divide_up(cols, side), [&](int64_t index) {
       const Range js = block(index, side, cols);
-      shared_->pack(matrix, js.begin, js, needed(js));
+      if (left_) {
+        left_->pack(transposed(matrix), js.begin, js, needed(js));
+        shared_->turn(*left_, js, needed(js));
+      } else {
+        shared_->pack(matrix, js.begin, js, needed(js));
+      }
     });
   }
 
@@ -132,6 +150,7 @@ class ColumnBlocks {
   template <typename Body>
   void with_rows(Range rows, Range ks, const Body& body) const {
     if (shared_ && product_.own_tiles.whole) return body(*shared_, rows);
+    if (left_) return body(*left_, rows);
     Workspace& workspace = Workspace::own();
     const Workspace::Mark mark(workspace);
     const Operand left(product_, Side::left, workspace, rows.size(), k_);
@@ -154,7 +173,7 @@ class ColumnBlocks {
   const Product& product_;
   View matrix_;
   int64_t k_;
-  std::optional<Operand> shared_;
+  std::optional<Operand> shared_, left_;  // left_: the same lines, where tiles want them turned
 };
 
 constexpr int64_t kWhole = -(int64_t(1) << 62);

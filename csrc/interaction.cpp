@@ -66,7 +66,7 @@ double pair_sum(const Head& head, const HalfMatrix* phi, float* m, int64_t m_str
   const Workspace::Mark mark(workspace);
   const int64_t side = head.side(), stride = row_stride(head.product, side);
   const ColumnBlocks columns(head.product, head.crew, workspace, transposed(head.attention()), head.count, head.count,
-                             [&](Range js) { return head.until(js.end); });
+                             true, [&](Range js) { return head.until(js.end); });
   const int64_t group_blocks = columns.shared() ? 1 : kGroupBlocks;
   std::vector<double> losses(size_t(head.blocks()), 0.0);
 
@@ -112,7 +112,7 @@ template <typename Finish>
 void weighted_rows(const Head& head, const HalfMatrix& phi, float* m, int64_t stride, const Finish& finish) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
-  const ColumnBlocks columns(head.product, head.crew, workspace, head.attention(), head.count, head.count,
+  const ColumnBlocks columns(head.product, head.crew, workspace, head.attention(), head.count, head.count, false,
                              [&](Range js) { return head.since(js.begin); });
   const int64_t group_blocks = columns.shared() ? 1 : kGroupBlocks;
   head.crew.each(divide_up(head.blocks(), group_blocks), [&](int64_t index) {
@@ -277,10 +277,16 @@ void interaction(const Kernels& kernels, Precision precision, int threads, const
     weighted_rows(head, phi[0], m, m_stride, [&](Range is, const float* strip, int64_t strip_stride) {
       for (int64_t i = is.begin; i < is.end; ++i) {
         float* row = m + i * m_stride;
-        head.pass.attention_gradient(strip + (i - is.begin) * strip_stride, head.count, row);
+        const float* phi_row = strip + (i - is.begin) * strip_stride;
         char* target = out + sequence.position(i) * tokens * size;
+        char* first = target + sequence.first * size;
+        if (!sequence.list && attention.dtype == Dtype::float32) {
+          head.pass.attention_gradient(phi_row, row, head.count, reinterpret_cast<float*>(first));
+          continue;
+        }
+        head.pass.attention_gradient(phi_row, row, head.count, row);
         if (!sequence.list) {
-          head.pass.narrow(row, 1.0f, head.count, attention.dtype, target + sequence.first * size);
+          head.pass.narrow(row, 1.0f, head.count, attention.dtype, first);
           continue;
         }
         head.pass.narrow(row, 1.0f, head.count, attention.dtype, row);

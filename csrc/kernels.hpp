@@ -54,6 +54,9 @@ struct Product {
   // `left` is where the tile's first row lies in its panel, of which a row takes one word of 32 bits. Their rows divide
   // `nr`. Null where that cannot be.
   Tiles own_tiles;
+  // Else a matrix times its own transpose is read and split once: from panels of one side, their bytes a multiple of a
+  // panel's for one k_unit, those of the same lines and k on the other. Null where own_tiles are there.
+  void (*turn)(const void* panels, int64_t bytes, void* out);
 };
 
 // State that a thread enters before it runs kernels: denormals flushed, tile registers configured.

@@ -13,20 +13,26 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 
 inline Vec all(float x) { return broadcast(&x); }
-inline Vec select(Ints mask, Vec yes, Vec no) { return (Vec)((mask & (Ints)yes) | (~mask & (Ints)no)); }
-inline Words select(Ints mask, Words yes, Words no) { return ((Words)mask & yes) | (~(Words)mask & no); }
+template <typename Lanes>
+inline Lanes select(Ints mask, Lanes yes, Lanes no) {
+  return mask ? yes : no;
+}
 
-template <typename Operation>
-inline float reduce(Vec x, const Operation& operation) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = operation(lanes[i], lanes[i + half]);
-  return lanes[0];
+// The lanes of x, or of a part of it, brought together: halves first, so that they stay in registers.
+template <typename Lanes, typename Operation>
+inline float reduce(Lanes x, const Operation& operation) {
+  if constexpr (sizeof(Lanes) == 2 * sizeof(float)) {
+    return operation(x[0], x[1]);
+  } else {
+    typedef float Half __attribute__((vector_size(sizeof(Lanes) / 2)));
+    Half halves[2];
+    __builtin_memcpy(halves, &x, sizeof x);
+    return reduce(operation(halves[0], halves[1]), operation);
+  }
 }
 
 inline float sum(Vec x) {
-  return reduce(x, [](float a, float b) { return a + b; });
+  return reduce(x, [](auto a, auto b) { return a + b; });
 }
 
 // How many lanes of a vector exist. Missing ones read as zero and are not written.
@@ -133,10 +139,11 @@ void combine(float a, const float* x, const float* y, float b, const float* z, i
   });
 }
 
-// A square of kLanes rows, of which `rows` exist, and of columns as `lanes` says.
+// A square of kLanes rows, of which `rows` exist, and of columns as `lanes` says. A whole one stays in registers.
 template <typename Lanes>
 inline void load_square(const float* x, int64_t stride, int64_t rows, Lanes lanes, Vec (&square)[kLanes]) {
   if (rows >= kLanes) {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) square[i] = load_lanes(x + i * stride, lanes);
   } else {
     for (int i = 0; i < kLanes; ++i) square[i] = i < rows ? load_lanes(x + i * stride, lanes) : zero();
@@ -146,6 +153,7 @@ inline void load_square(const float* x, int64_t stride, int64_t rows, Lanes lane
 template <typename Lanes>
 inline void store_square(float* out, int64_t stride, int64_t rows, Lanes lanes, const Vec (&square)[kLanes]) {
   if (rows >= kLanes) {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) store_lanes(out + i * stride, square[i], lanes);
   } else {
     for (int i = 0; i < rows; ++i) store_lanes(out + i * stride, square[i], lanes);
@@ -227,9 +235,9 @@ void softmax(float* x, float scale, int64_t n) {
   Vec largest = all(lowest);
   for_lanes(n, [&](int64_t i, auto lanes) {
     const Vec score = fill_tail(load_lanes(x + i, lanes) * all(sign), lanes, lowest);
-    largest = select((Ints)(score > largest), score, largest);
+    largest = larger(score, largest);  // which a NaN does not change
   });
-  const float top = reduce(largest, [](float a, float b) { return a > b ? a : b; });
+  const float top = reduce(largest, [](auto a, auto b) { return a > b ? a : b; });
 
   Vec total = zero();
   for_lanes(n, [&](int64_t i, auto lanes) {
@@ -241,15 +249,23 @@ void softmax(float* x, float scale, int64_t n) {
   narrow(x, 1.0f / sum(total), n, Dtype::float32, x);
 }
 
-// A square of the block at row i, column j. Adds to `loss` and returns nothing else but what is written.
-template <typename Lanes>
+// A square of the block at row i, column j. Adds to `loss` and returns nothing else but what is written. Off the diagonal
+// and where all of its rows exist, loops unroll and it stays in registers.
+template <bool Whole, typename Lanes>
 inline void interaction_square(const InteractionBlock& b, int64_t i, int64_t j, Lanes lanes, Vec& loss) {
-  const bool on_diagonal = b.diagonal && i == j;
-  const int64_t rows = b.rows - i, cols = b.cols - j;
+  const bool on_diagonal = !Whole && b.diagonal && i == j;
+  const int64_t rows = Whole ? kLanes : b.rows - i, cols = b.cols - j;
+  // The next square of the mirror image lies in other rows, which no processor sees coming.
+  for (int64_t r = kLanes; r < min(2 * kLanes, cols); ++r) {
+    __builtin_prefetch(b.a_ji + (j + r) * b.a_stride + i);
+    if (b.m_ij) __builtin_prefetch(b.m_ji + (j + r) * b.m_stride + i, 1);
+  }
   Vec square[kLanes];
   with_lanes(rows, [&](auto turned) { load_square(b.a_ji + j * b.a_stride + i, b.a_stride, cols, turned, square); });
   transpose(square);
-  for (int r = 0; r < kLanes && r < rows; ++r) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) {
+    if (r >= rows) break;
     const Vec g = load_lanes(b.gram + (i + r) * b.gram_stride + j, lanes);
     const Vec a = load_lanes(b.a_ij + (i + r) * b.a_stride + j, lanes);
     const Vec both = a + square[r];
@@ -272,7 +288,10 @@ double interaction(const InteractionBlock& b) {
     const int64_t start = b.diagonal ? i : 0;
     Vec loss = zero();
     for_lanes(b.cols - start, [&](int64_t offset, auto lanes) {
-      interaction_square(b, i, start + offset, lanes, loss);
+      if (b.rows - i >= kLanes && !(b.diagonal && offset == 0))
+        interaction_square<true>(b, i, start + offset, lanes, loss);
+      else
+        interaction_square<false>(b, i, start + offset, lanes, loss);
     });
     total += sum(loss);
   }
@@ -293,9 +312,9 @@ void softmax_gradient(const float* a, const float* phi, float scale, int64_t n, 
   });
 }
 
-void attention_gradient(const float* phi, int64_t n, float* p) {
+void attention_gradient(const float* phi, const float* p, int64_t n, float* out) {
   for_lanes(n, [&](int64_t i, auto lanes) {
-    store_lanes(p + i, all(1.0f) - load_lanes(phi + i, lanes) - load_lanes(p + i, lanes), lanes);
+    store_lanes(out + i, all(1.0f) - load_lanes(phi + i, lanes) - load_lanes(p + i, lanes), lanes);
   });
 }
 

@@ -8,7 +8,8 @@ constexpr int64_t kStoredGram = 1024;  // tokens up to which (α_i + α_j) G_ij 
 
 // hᵀ as the right operand of Gram products.
 ColumnBlocks gram_columns(const Tokens& t, Workspace& workspace) {
-  return {t.product, t.crew, workspace, transposed(t.h), t.count, t.width, [&](Range) { return Range{0, t.width}; }};
+  return {t.product, t.crew, workspace, transposed(t.h), t.count, t.width, true,
+          [&](Range) { return Range{0, t.width}; }};
 }
 
 // Makes the blocks of columns from `is` on of the rows `is` of a Gram matrix, one after the other, in `gram`, and calls

@@ -160,7 +160,7 @@ constexpr Tiles own_tiles() {
 template <int Rows, int Vectors, int OwnRows = Rows>
 constexpr Product fma_product = {
     Rows, Vectors * kLanes, 1, sizeof(float), sizeof(float), 256, pack_left<Rows>, pack_right<Vectors * kLanes>,
-    tiles<MultiplyAdd, Rows, Vectors, Rows>(), own_tiles<MultiplyAdd, OwnRows, Vectors>()};
+    tiles<MultiplyAdd, Rows, Vectors, Rows>(), own_tiles<MultiplyAdd, OwnRows, Vectors>(), nullptr};
 
 }  // namespace
 }  // namespace safr

@@ -56,13 +56,19 @@ inline void split_rows(char* tile, const Pair& pair) {
   }
 }
 
-inline void transpose_tile(char* tile) {
+inline void transpose_tile(const char* tile, char* out) {
   __m512i rows[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + i * kTileRowBytes);
   transpose(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * kTileRowBytes, rows[i]);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(out + i * kTileRowBytes, rows[i]);
+}
+
+// A tile of a left panel is the transpose, in words of 32 bits, of the right panel's at the same place.
+void turn(const void* panels, int64_t bytes, void* out) {
+  for (int64_t i = 0; i < bytes; i += kTileBytes)
+    transpose_tile(static_cast<const char*>(panels) + i, static_cast<char*>(out) + i);
 }
 
 // 16 lines that lie along the depth, at 32 steps of it: a row of pairs comes of each line.
@@ -114,7 +120,7 @@ inline void pack_tiles(const View& v, Direction across, Direction depth, int64_t
       else
         pack_steps<Parts>(a, first + i, n - i, k0 + p, k - p, tile);
       if (along_depth != Left)
-        for (int s = 0; s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes);
+        for (int s = 0; s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes, tile + s * 2 * kTileBytes);
     };
     const int64_t width = round_up(n, kWidth);
     // Memory is read in its own order.
@@ -204,9 +210,10 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
     _tile_zero(2);
     _tile_zero(3);
   }
-  // Products wait for the sums that they add to. Those of the tile to the right, the likely next, are fetched meanwhile.
-  const int64_t blocks = k / kDepth, rows_a_block = accumulate && blocks > 0 ? (kWidth + blocks - 1) / blocks : 0;
-  const char* next = reinterpret_cast<const char*>(c + kWidth);
+  // Products wait for the sums that they add to: those of the tile to the right, the likely next, are fetched meanwhile.
+  // Where none are added to, the lines that this tile will be stored in are.
+  const int64_t blocks = k / kDepth, rows_a_block = blocks > 0 ? (kWidth + blocks - 1) / blocks : 0;
+  const char* next = reinterpret_cast<const char*>(accumulate ? c + kWidth : c);
 
   const char* a = static_cast<const char*>(left);
   const char* b = static_cast<const char*>(right);
@@ -227,8 +234,8 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
 
 template <int Parts>
 constexpr Product amx_product = {
-    kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, 512 / Parts / kDepth * kDepth, pack_left_tiles<Parts>,
-    pack_right_tiles<Parts>, {kWidth, multiply_panels<Parts>, nullptr}, {0, nullptr, nullptr}};
+    kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, Parts == 1 ? 512 : 256, pack_left_tiles<Parts>,
+    pack_right_tiles<Parts>, {kWidth, multiply_panels<Parts>, nullptr}, {0, nullptr, nullptr}, turn};
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];

@@ -126,7 +126,8 @@ constexpr Product kBFloat16 = {kRows,
                                pack_left_pairs<kRows>,
                                pack_right_pairs<kWidth>,
                                tiles<MultiplyAddPairs, kRows, kVectors, kRows>(),
-                               own_tiles<MultiplyAddPairs, kRows, kVectors>()};
+                               own_tiles<MultiplyAddPairs, kRows, kVectors>(),
+                               nullptr};
 
 }  // namespace
 

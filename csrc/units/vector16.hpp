@@ -15,6 +15,7 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 
 inline __mmask16 lanes(int count) { return __mmask16((1u << count) - 1); }
 inline Vec widen(BFloat16, __m256i bits) {
@@ -38,7 +39,7 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store_part(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, lanes(count), v); }
 
 // v[i][j] becomes v[j][i], in four steps that each move blocks half or twice as large.
-inline void transpose(__m512i (&v)[kLanes]) {
+__attribute__((always_inline)) inline void transpose(__m512i (&v)[kLanes]) {
   __m512i t[kLanes];
   for (int i = 0; i < kLanes; i += 2) {
     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
@@ -62,7 +63,7 @@ inline void transpose(__m512i (&v)[kLanes]) {
   }
 }
 
-inline void transpose(Vec (&v)[kLanes]) {
+__attribute__((always_inline)) inline void transpose(Vec (&v)[kLanes]) {
   __m512i bits[kLanes];
   for (int i = 0; i < kLanes; ++i) bits[i] = _mm512_castps_si512(v[i]);
   transpose(bits);

@@ -15,6 +15,7 @@ inline Vec zero() { return Vec{}; }
 inline Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline Vec load(const float* p) {
   Vec v;
@@ -53,7 +54,7 @@ inline void store_part(float* p, Vec v, int count) {
   for (int i = 0; i < count; ++i) p[i] = v[i];
 }
 
-inline void transpose(Vec (&v)[kLanes]) {
+__attribute__((always_inline)) inline void transpose(Vec (&v)[kLanes]) {
   const Vec low01 = {v[0][0], v[1][0], v[0][1], v[1][1]}, high01 = {v[0][2], v[1][2], v[0][3], v[1][3]};
   const Vec low23 = {v[2][0], v[3][0], v[2][1], v[3][1]}, high23 = {v[2][2], v[3][2], v[2][3], v[3][3]};
   v[0] = Vec{low01[0], low01[1], low23[0], low23[1]};

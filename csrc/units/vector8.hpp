@@ -15,6 +15,7 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 
 inline __m256i lanes(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -42,7 +43,7 @@ inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline void store_part(float* p, Vec v, int count) { _mm256_maskstore_ps(p, lanes(count), v); }
 
 // v[i][j] becomes v[j][i].
-inline void transpose(Vec (&v)[kLanes]) {
+__attribute__((always_inline)) inline void transpose(Vec (&v)[kLanes]) {
   Vec t[kLanes];
   for (int i = 0; i < kLanes; i += 2) {
     t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
