@@ -364,7 +364,10 @@ def _mean_over_pairs(
 ) -> Tensor:
     """``total`` ``(B, H)`` over the square of each sample's length, reduced."""
     if mask is None and cu_seqlens is None:
-        loss = total / max(tokens, 1) ** 2
+        pairs = max(tokens, 1) ** 2
+        if reduction == "mean":  # one division for both
+            return _reduce(total, total.numel() * pairs, reduction)
+        loss = total / pairs
     else:
         length = cast(Tensor, cu_seqlens).diff() if mask is None else mask.sum(-1)
         loss = total / length.clamp(min=1).to(total.dtype).square().unsqueeze(-1)
