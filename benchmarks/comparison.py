@@ -11,11 +11,13 @@ from functools import cache, partial
 import torch
 from memory import peak_beyond_now
 from pytest_benchmark.fixture import BenchmarkFixture
+from quiet import ENOUGH, Stopwatch, undisturbed
 from torch import Tensor
 
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
 WRONG = 5e-2
 SECONDS_A_CASE = 3.0
+PATIENCE = 3.0  # seconds that a case's disturbed calls may take again
 ROUNDS = 3, 25  # at least, at most
 
 Loss = Callable[..., Tensor]
@@ -125,13 +127,10 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def matmul_gflops(threads: int, side: int = 1024) -> float:
     """What ``torch.mm`` of float32 reaches on ``threads`` threads."""
     a, b = (torch.randn(side, side) for _ in range(2))
-    times = []
+    watch = Stopwatch(PATIENCE)
     with using_threads(threads):
-        for _ in range(15):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(times) / 1e9
+        median = watch.median(lambda: torch.mm(a, b), 15)
+    return 2 * side**3 / median / 1e9
 
 
 @cache
@@ -143,13 +142,13 @@ def tile_gflops(side: int = 512, repeats: int = 8) -> float | None:
         return None
     a, b, c = (torch.randn(side, side) for _ in range(3))
 
-    def seconds(count: int) -> float:
-        start = time.perf_counter()
-        _cpu.matmul(0, a.data_ptr(), b.data_ptr(), c.data_ptr(), side, side, side, count)
-        return time.perf_counter() - start
+    watch = Stopwatch(PATIENCE)
 
-    times = [seconds(1 + repeats) - seconds(1) for _ in range(15)]
-    return 2 * side**3 * repeats / statistics.median(times) / 1e9
+    def seconds(count: int) -> float:
+        addresses = a.data_ptr(), b.data_ptr(), c.data_ptr()
+        return watch.median(lambda: _cpu.matmul(0, *addresses, side, side, side, count), 15)
+
+    return 2 * side**3 * repeats / (seconds(1 + repeats) - seconds(1)) / 1e9
 
 
 def compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: float | None = None) -> None:
@@ -167,44 +166,42 @@ def compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: f
 def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: float | None) -> None:
     measured: dict[str, Measured] = {}
     seconds: dict[str, list[float]] = {}
+    quiet: dict[str, list[bool]] = {}
     once = 0.0
     for provider in providers:
         measured[provider.name], last = provider.first_calls()
         if measured[provider.name].error < WRONG:
-            seconds[provider.name] = []
+            seconds[provider.name], quiet[provider.name] = [], []
             once += last
     subject = providers[0]
     assert subject.name in seconds, f"{subject.name} is wrong: error {measured[subject.name].error:.1e}"
-    rivals = [provider for provider in providers[1:] if provider.name in seconds]
+    timed = [provider for provider in providers if provider.name in seconds]
+    watch = Stopwatch(PATIENCE)
 
-    def run_rivals() -> None:
-        for rival in rivals:
-            seconds[rival.name].append(_timed(rival))
+    def run_all() -> None:
+        for provider in [*timed[1:], subject]:
+            seconds[provider.name].append(watch.seconds(provider.run))
+            quiet[provider.name].append(watch.was_quiet)
 
     rounds = min(max(int(SECONDS_A_CASE / once), ROUNDS[0]), ROUNDS[1])
-    benchmark.pedantic(subject.run, setup=run_rivals, rounds=rounds)
-    assert benchmark.stats is not None
-    seconds[subject.name] = benchmark.stats.stats.data
+    benchmark.pedantic(subject.run, setup=run_all, rounds=rounds)  # whose own times count no call again
 
-    for provider in [subject, *rivals]:
-        times = seconds[provider.name]
-        result, median = measured[provider.name], statistics.median(times)
+    for provider in timed:
+        times, alone = seconds[provider.name], quiet[provider.name]
+        result, median = measured[provider.name], statistics.median(undisturbed(times, alone))
         result.ms = median * 1e3
-        result.times_as_long = statistics.median(t / own for t, own in zip(times, seconds[subject.name], strict=True))
+        ratios = [t / own for t, own in zip(times, seconds[subject.name], strict=True)]
+        both = [a and b for a, b in zip(alone, quiet[subject.name], strict=True)]
+        result.times_as_long = statistics.median(undisturbed(ratios, both))
         work = floor if provider.floor is None else provider.floor
         if work is not None:
             result.gflops = work / median / 1e9
             result.fraction_of_matmul = result.gflops / matmul_gflops(provider.threads or torch.get_num_threads())
     benchmark.extra_info |= {
         "threads": torch.get_num_threads(),
+        "disturbed": [name for name, alone in quiet.items() if sum(alone) < ENOUGH],
         "floor_gflop": None if floor is None else floor / 1e9,
         "matmul_gflops": matmul_gflops(torch.get_num_threads()),
         "tile_gflops": tile_gflops(),
         "providers": {name: asdict(result) for name, result in measured.items()},
     }
-
-
-def _timed(provider: Provider) -> float:
-    start = time.perf_counter()
-    provider.run()
-    return time.perf_counter() - start

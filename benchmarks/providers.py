@@ -48,7 +48,8 @@ def all_providers(
         if one_thread:
             providers.append(Provider("eager bfloat16", lambda: gradients(plain, rounded), exact_of_rounded))
     if one_thread:
-        providers += [provider(f"eager {precision}", plain, precision) for precision in precisions()[1:]]
+        if "medium" in precisions():  # PyTorch's products on a CPU know no `high`
+            providers.append(provider("eager medium", plain, "medium"))
         providers.append(provider("compiled", compiled(plain, dynamic)))
         if algebra is not None:
             providers.append(provider("algebra compiled", compiled(algebra)))

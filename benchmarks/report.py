@@ -138,15 +138,24 @@ def _rates(run: Run) -> str:
         return "Of a GPU alone."
     own = next((case["tile_gflops"] for case in one if case.get("tile_gflops")), None)
     tiles = f", this package's tiles {own:.0f}" if own else ""
-    return f"On one thread `torch.mm` of float32 reaches {one[0]['matmul_gflops']:.0f} GFLOP/s{tiles}."
+    disturbed = sum(len(case.get("disturbed", [])) for case in run["cases"])
+    times = sum(len(case["providers"]) for case in run["cases"])
+    neighbour = (
+        f" Calls while others slowed the processor are left out, but for {disturbed} of {times} times, marked \\*,"
+        " which had too few other calls."
+        if disturbed
+        else ""
+    )
+    return f"On one thread `torch.mm` of float32 reaches {one[0]['matmul_gflops']:.0f} GFLOP/s{tiles}.{neighbour}"
 
 
 def _provider(name: str, case: Bench) -> str:
     share = case.get("regularisers_share", {}).get(name)
+    mark = "\\*" if name in case.get("disturbed", []) else ""
     if share is None:
-        return name
+        return name + mark
     least = f" (least in float32: {case['least_share_in_float32']:.0%})" if "least_share_in_float32" in case else ""
-    return f"{name}: regularisers {share:.0%} of the step" + (least if name == "ours highest" else "")
+    return f"{name}{mark}: regularisers {share:.0%} of the step" + (least if name == "ours highest" else "")
 
 
 def _measured(p: dict[str, float | None]) -> str:

@@ -1,0 +1,86 @@
+"""Timing AMX on a processor that others use too.
+
+While another guest of the host uses the core's second hyperthread, for seconds or minutes, AMX takes up to three times
+as long, everything else a tenth to a half longer. Such calls tell of the neighbour: every provider's alike, they are
+timed again for as long as patience lasts, and left out where enough others are there.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+QUIET = 0.65  # of the fastest probe of the process; disturbed ones have 0.4 to 0.55
+PAUSE = 0.02  # seconds until the next try
+WATCHED = 15.0  # seconds at first, to see how fast it can be
+ENOUGH = 3  # undisturbed calls, that the others are left out
+
+
+def undisturbed(values: Sequence[float], quiet: Sequence[bool]) -> Sequence[float]:
+    """Those of quiet calls, where they are enough."""
+    kept = [value for value, was_quiet in zip(values, quiet, strict=True) if was_quiet]
+    return kept if len(kept) >= ENOUGH else values
+
+
+@cache
+def _probe() -> Callable[[], float] | None:
+    """Measures how fast AMX is just now, in calls a second; none without it."""
+    try:
+        from safr_fast import _cpu
+    except ImportError:
+        return None
+    if _cpu.isa() != "amx":
+        return None
+    side, repeats, medium = 128, 64, 2
+    a, b, c = (torch.randn(side, side) for _ in range(3))
+
+    def rate() -> float:
+        start = time.perf_counter()
+        _cpu.matmul(medium, a.data_ptr(), b.data_ptr(), c.data_ptr(), side, side, side, repeats)
+        return 1 / (time.perf_counter() - start)
+
+    end = time.monotonic() + WATCHED
+    while time.monotonic() < end:
+        Stopwatch.fastest = max(Stopwatch.fastest, rate())
+        time.sleep(PAUSE)
+    return rate
+
+
+class Stopwatch:
+    """Times calls, and those that were disturbed again, until ``patience`` seconds have gone into that.
+
+    ``was_quiet``: whether the last one was not disturbed.
+    """
+
+    fastest = 0.0
+
+    def __init__(self, patience: float, probe: Callable[[], float] | None = None) -> None:
+        self.patience = patience
+        self.was_quiet = True
+        self._probe = probe or _probe()
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        while True:
+            before = self._is_quiet()
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            self.was_quiet = before and self._is_quiet()
+            if self.was_quiet or self.patience <= 0:
+                return seconds
+            self.patience -= seconds + PAUSE
+            time.sleep(PAUSE)
+
+    def median(self, call: Callable[[], object], count: int) -> float:
+        """Of the undisturbed ones of ``count`` calls."""
+        timed = [(self.seconds(call), self.was_quiet) for _ in range(count)]
+        return statistics.median(undisturbed(*zip(*timed, strict=True)))
+
+    def _is_quiet(self) -> bool:
+        if self._probe is None:
+            return True
+        rate = self._probe()
+        Stopwatch.fastest = max(Stopwatch.fastest, rate)
+        return rate >= QUIET * Stopwatch.fastest
