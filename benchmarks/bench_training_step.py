@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparison import Loss, Provider, compare, every_processor, tile_gflops
 from formulas import interaction_floor, row_energy_floor
-from providers import precisions
+from providers import own_precision, precisions
 from pytest_benchmark.fixture import BenchmarkFixture
 from ragged import Layout, imdb_lengths
 from torch import Tensor, nn
@@ -152,14 +152,13 @@ def bench_training_step(benchmark: BenchmarkFixture, batch: str) -> None:
     own = partial(ours, mask=mask)
     providers = [training.provider(f"ours {p}", own, eager, p) for p in measured]
     providers.append(training.provider("eager", eager, eager))
-    # PyTorch's products on a CPU know no `high`.
-    own_model = {p: "highest" if p == "high" else p for p in measured}
-    distinct = sorted(set(own_model.values()))
+    models = {p: own_precision(p) for p in measured}
+    distinct = dict.fromkeys(models.values())
     providers += [training.provider(f"no regulariser {p}", task, task, p, floor=without_terms) for p in distinct]
     compare(benchmark, providers, without_terms + floor)
 
     times = {name: p["ms"] for name, p in benchmark.extra_info["providers"].items()}
-    without = {p: times[f"no regulariser {own_model[p]}"] for p in measured}
+    without = {p: times[f"no regulariser {models[p]}"] for p in measured}
     timed = [p for p in measured if times[f"ours {p}"] is not None]  # medium's attention may be too flat for 8 bits
     share = {f"ours {p}": 1 - without[p] / times[f"ours {p}"] for p in timed}
     benchmark.extra_info["regularisers_share"] = share | {"eager": 1 - without["highest"] / times["eager"]}

@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from memory import peak_beyond_now
 from pytest_benchmark.fixture import BenchmarkFixture
-from quiet import ENOUGH, Stopwatch, undisturbed
+from quiet import Stopwatch, undisturbed
 from torch import Tensor
 
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
@@ -166,12 +166,12 @@ def compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: f
 def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: float | None) -> None:
     measured: dict[str, Measured] = {}
     seconds: dict[str, list[float]] = {}
-    quiet: dict[str, list[bool]] = {}
+    rates: dict[str, list[float]] = {}
     once = 0.0
     for provider in providers:
         measured[provider.name], last = provider.first_calls()
         if measured[provider.name].error < WRONG:
-            seconds[provider.name], quiet[provider.name] = [], []
+            seconds[provider.name], rates[provider.name] = [], []
             once += last
     subject = providers[0]
     assert subject.name in seconds, f"{subject.name} is wrong: error {measured[subject.name].error:.1e}"
@@ -181,25 +181,30 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
     def run_all() -> None:
         for provider in [*timed[1:], subject]:
             seconds[provider.name].append(watch.seconds(provider.run))
-            quiet[provider.name].append(watch.was_quiet)
+            rates[provider.name].append(watch.rate)
 
     rounds = min(max(int(SECONDS_A_CASE / once), ROUNDS[0]), ROUNDS[1])
-    benchmark.pedantic(subject.run, setup=run_all, rounds=rounds)  # whose own times count no call again
+    benchmark.pedantic(subject.run, setup=run_all, rounds=rounds)  # its own times are not used: they may be disturbed
 
+    disturbed = []
     for provider in timed:
-        times, alone = seconds[provider.name], quiet[provider.name]
-        result, median = measured[provider.name], statistics.median(undisturbed(times, alone))
-        result.ms = median * 1e3
+        times, own_rates = seconds[provider.name], rates[provider.name]
         ratios = [t / own for t, own in zip(times, seconds[subject.name], strict=True)]
-        both = [a and b for a, b in zip(alone, quiet[subject.name], strict=True)]
-        result.times_as_long = statistics.median(undisturbed(ratios, both))
+        of_both = [min(both) for both in zip(own_rates, rates[subject.name], strict=True)]
+        kept, _ = undisturbed(times, own_rates)
+        kept_ratios, enough = undisturbed(ratios, of_both)
+        if not enough:
+            disturbed.append(provider.name)
+        result, median = measured[provider.name], statistics.median(kept)
+        result.ms = median * 1e3
+        result.times_as_long = statistics.median(kept_ratios)
         work = floor if provider.floor is None else provider.floor
         if work is not None:
             result.gflops = work / median / 1e9
             result.fraction_of_matmul = result.gflops / matmul_gflops(provider.threads or torch.get_num_threads())
     benchmark.extra_info |= {
         "threads": torch.get_num_threads(),
-        "disturbed": [name for name, alone in quiet.items() if sum(alone) < ENOUGH],
+        "disturbed": disturbed,
         "floor_gflop": None if floor is None else floor / 1e9,
         "matmul_gflops": matmul_gflops(torch.get_num_threads()),
         "tile_gflops": tile_gflops(),

@@ -2,9 +2,11 @@
 
 While another guest of the host uses the core's second hyperthread, for seconds or minutes, AMX takes up to three times
 as long, everything else a tenth to a half longer. Such calls tell of the neighbour: every provider's alike, they are
-timed again for as long as patience lasts, and left out where enough others are there.
+timed again for as long as patience lasts, and left out where enough others are there. The probe runs on one core: of a
+second thread's neighbours it knows nothing.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +20,11 @@ WATCHED = 15.0  # seconds at first, to see how fast it can be
 ENOUGH = 3  # undisturbed calls, that the others are left out
 
 
-def undisturbed(values: Sequence[float], quiet: Sequence[bool]) -> Sequence[float]:
-    """Those of quiet calls, where they are enough."""
-    kept = [value for value, was_quiet in zip(values, quiet, strict=True) if was_quiet]
-    return kept if len(kept) >= ENOUGH else values
+def undisturbed(values: Sequence[float], rates: Sequence[float]) -> tuple[Sequence[float], bool]:
+    """Those whose probes were quiet, beside what is the fastest by now, and whether they are enough; else all."""
+    kept = [value for value, rate in zip(values, rates, strict=True) if rate >= QUIET * Stopwatch.fastest]
+    enough = len(kept) >= ENOUGH
+    return kept if enough else values, enough
 
 
 @cache
@@ -51,36 +54,36 @@ def _probe() -> Callable[[], float] | None:
 class Stopwatch:
     """Times calls, and those that were disturbed again, until ``patience`` seconds have gone into that.
 
-    ``was_quiet``: whether the last one was not disturbed.
+    ``rate``: of the slower probe around the last one.
     """
 
     fastest = 0.0
 
     def __init__(self, patience: float, probe: Callable[[], float] | None = None) -> None:
         self.patience = patience
-        self.was_quiet = True
+        self.rate = math.inf
         self._probe = probe or _probe()
 
     def seconds(self, call: Callable[[], object]) -> float:
         while True:
-            before = self._is_quiet()
+            before = self._probed()
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
-            self.was_quiet = before and self._is_quiet()
-            if self.was_quiet or self.patience <= 0:
+            self.rate = min(before, self._probed())
+            if self.rate >= QUIET * Stopwatch.fastest or self.patience <= 0:
                 return seconds
             self.patience -= seconds + PAUSE
             time.sleep(PAUSE)
 
     def median(self, call: Callable[[], object], count: int) -> float:
         """Of the undisturbed ones of ``count`` calls."""
-        timed = [(self.seconds(call), self.was_quiet) for _ in range(count)]
-        return statistics.median(undisturbed(*zip(*timed, strict=True)))
+        timed = [(self.seconds(call), self.rate) for _ in range(count)]
+        return statistics.median(undisturbed(*zip(*timed, strict=True))[0])
 
-    def _is_quiet(self) -> bool:
+    def _probed(self) -> float:
         if self._probe is None:
-            return True
+            return math.inf
         rate = self._probe()
         Stopwatch.fastest = max(Stopwatch.fastest, rate)
-        return rate >= QUIET * Stopwatch.fastest
+        return rate

@@ -138,15 +138,22 @@ def _rates(run: Run) -> str:
         return "Of a GPU alone."
     own = next((case["tile_gflops"] for case in one if case.get("tile_gflops")), None)
     tiles = f", this package's tiles {own:.0f}" if own else ""
-    disturbed = sum(len(case.get("disturbed", [])) for case in run["cases"])
-    times = sum(len(case["providers"]) for case in run["cases"])
-    neighbour = (
-        f" Calls while others slowed the processor are left out, but for {disturbed} of {times} times, marked \\*,"
-        " which had too few other calls."
-        if disturbed
-        else ""
+    return (
+        f"On one thread `torch.mm` of float32 reaches {one[0]['matmul_gflops']:.0f} GFLOP/s{tiles}.{_neighbours(run)}"
     )
-    return f"On one thread `torch.mm` of float32 reaches {one[0]['matmul_gflops']:.0f} GFLOP/s{tiles}.{neighbour}"
+
+
+def _neighbours(run: Run) -> str:
+    """What was done about others on the processor, where AMX suffers from them."""
+    watched = [case for case in run["cases"] if "disturbed" in case and run["level"] == "amx"]
+    if not watched:
+        return ""
+    times = sum(p["ms"] is not None for case in watched for p in case["providers"].values())
+    marked = sum(len(case["disturbed"]) for case in watched)
+    return (
+        " Calls while others slowed the first thread's processor are left out (`benchmarks/quiet.py`), where three"
+        f" rounds without are there: not so in {marked} of {times} times, marked \\*."
+    )
 
 
 def _provider(name: str, case: Bench) -> str:
@@ -196,7 +203,8 @@ def _ratio(run: Run, row: Target, threads: int, rivals: Sequence[str], must: flo
             known = [time for time in times if time]
             if own and own["ms"] and known:
                 ratio = min(known) / own["times_as_long"]
-                return f"{ratio:.2g}" + ("" if ratio >= must else " (short)")
+                disturbed = {row.provider, *rivals} & set(case.get("disturbed", []))
+                return f"{ratio:.2g}" + "\\*" * bool(disturbed) + ("" if ratio >= must else " (short)")
     return ""
 
 

@@ -42,7 +42,7 @@ struct Elementwise {
   double (*interaction)(const InteractionBlock&);
   // p = A ∘ (r − φ − p) scale, with the r that makes the row sum to zero
   void (*softmax_gradient)(const float* a, const float* phi, float scale, int64_t n, float* p);
-  // out = 1 − φ − p
+  // out = 1 − φ − p, in place where out is p
   void (*attention_gradient)(const float* phi, const float* p, int64_t n, float* out);
 };
 

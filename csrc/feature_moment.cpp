@@ -22,7 +22,8 @@ void moment_of(const Tokens& t, Range all, const float* alpha, float* s, int64_t
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
   const int64_t strip = round_up(t.width >= kWide ? 256 : 64, p.nr), strips = divide_up(t.width, strip);
-  const bool own = !alpha && p.own_tiles.whole, turned = !alpha && p.turn;  // both operands are the same panels
+  // Both operands are the same panels, or the left one's are the right one's turned.
+  const bool own = !alpha && p.own_tiles.whole, turned = !alpha && p.turn;
   const int64_t left_strip = round_up(64, p.mr), left_strips = own || turned ? 0 : divide_up(t.width, left_strip);
   const int64_t budget = t.crew.shared() ? 1 << 20 : 1 << 18;  // bytes of an operand; waking a crew has its price
   const int64_t affordable = budget / (t.width * std::max(p.left_bytes, p.right_bytes)) / p.depth * p.depth;

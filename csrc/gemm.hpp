@@ -128,7 +128,7 @@ class ColumnBlocks {
   ColumnBlocks(const Product& product, const Crew& crew, Workspace& workspace, const View& matrix, int64_t cols,
                int64_t k, bool of_gram, const Needed& needed)
       : product_(product), matrix_(matrix), k_(k) {
-    constexpr int64_t small = 6 << 20;
+    const int64_t small = std::max<int64_t>(4 << 20, product.right_bytes << 20);  // bytes; of AMX, as many numbers
     if (cols * k * product.right_bytes > small) return;
     shared_.emplace(product, Side::right, workspace, cols, k);
     if (of_gram && product.turn) left_.emplace(product, Side::left, workspace, cols, k);

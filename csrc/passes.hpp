@@ -13,18 +13,19 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 
 inline Vec all(float x) { return broadcast(&x); }
-template <typename Lanes>
-inline Lanes select(Ints mask, Lanes yes, Lanes no) {
+
+template <typename Vector>
+inline Vector select(Ints mask, Vector yes, Vector no) {
   return mask ? yes : no;
 }
 
 // The lanes of x, or of a part of it, brought together: halves first, so that they stay in registers.
-template <typename Lanes, typename Operation>
-inline float reduce(Lanes x, const Operation& operation) {
-  if constexpr (sizeof(Lanes) == 2 * sizeof(float)) {
+template <typename Vector, typename Operation>
+inline float reduce(Vector x, const Operation& operation) {
+  if constexpr (sizeof(Vector) == 2 * sizeof(float)) {
     return operation(x[0], x[1]);
   } else {
-    typedef float Half __attribute__((vector_size(sizeof(Lanes) / 2)));
+    typedef float Half __attribute__((vector_size(sizeof(Vector) / 2)));
     Half halves[2];
     __builtin_memcpy(halves, &x, sizeof x);
     return reduce(operation(halves[0], halves[1]), operation);
@@ -235,7 +236,7 @@ void softmax(float* x, float scale, int64_t n) {
   Vec largest = all(lowest);
   for_lanes(n, [&](int64_t i, auto lanes) {
     const Vec score = fill_tail(load_lanes(x + i, lanes) * all(sign), lanes, lowest);
-    largest = larger(score, largest);  // which a NaN does not change
+    largest = larger(score, largest);
   });
   const float top = reduce(largest, [](auto a, auto b) { return a > b ? a : b; });
 
@@ -249,23 +250,15 @@ void softmax(float* x, float scale, int64_t n) {
   narrow(x, 1.0f / sum(total), n, Dtype::float32, x);
 }
 
-// A square of the block at row i, column j. Adds to `loss` and returns nothing else but what is written. Off the diagonal
-// and where all of its rows exist, loops unroll and it stays in registers.
-template <bool Whole, typename Lanes>
+// A square of the block at row i, column j. Adds to `loss` and returns nothing else but what is written.
+template <typename Lanes>
 inline void interaction_square(const InteractionBlock& b, int64_t i, int64_t j, Lanes lanes, Vec& loss) {
-  const bool on_diagonal = !Whole && b.diagonal && i == j;
-  const int64_t rows = Whole ? kLanes : b.rows - i, cols = b.cols - j;
-  // The next square of the mirror image lies in other rows, which no processor sees coming.
-  for (int64_t r = kLanes; r < min(2 * kLanes, cols); ++r) {
-    __builtin_prefetch(b.a_ji + (j + r) * b.a_stride + i);
-    if (b.m_ij) __builtin_prefetch(b.m_ji + (j + r) * b.m_stride + i, 1);
-  }
+  const bool on_diagonal = b.diagonal && i == j;
+  const int64_t rows = b.rows - i, cols = b.cols - j;
   Vec square[kLanes];
   with_lanes(rows, [&](auto turned) { load_square(b.a_ji + j * b.a_stride + i, b.a_stride, cols, turned, square); });
   transpose(square);
-#pragma GCC unroll 16
-  for (int r = 0; r < kLanes; ++r) {
-    if (r >= rows) break;
+  for (int r = 0; r < kLanes && r < rows; ++r) {
     const Vec g = load_lanes(b.gram + (i + r) * b.gram_stride + j, lanes);
     const Vec a = load_lanes(b.a_ij + (i + r) * b.a_stride + j, lanes);
     const Vec both = a + square[r];
@@ -288,10 +281,7 @@ double interaction(const InteractionBlock& b) {
     const int64_t start = b.diagonal ? i : 0;
     Vec loss = zero();
     for_lanes(b.cols - start, [&](int64_t offset, auto lanes) {
-      if (b.rows - i >= kLanes && !(b.diagonal && offset == 0))
-        interaction_square<true>(b, i, start + offset, lanes, loss);
-      else
-        interaction_square<false>(b, i, start + offset, lanes, loss);
+      interaction_square(b, i, start + offset, lanes, loss);
     });
     total += sum(loss);
   }

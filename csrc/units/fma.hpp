@@ -1,5 +1,5 @@
 // Products by multiply-add, and the packing of float32 ones, over a unit's vector layer. The layer, included before, gives
-// kLanes, Vec, zero, load, load_part, broadcast, multiply_add, store, store_part and transpose.
+// kLanes, Vec, zero, load, load_part, broadcast, add, multiply_add, larger, store, store_part and transpose.
 #pragma once
 
 #include "elements.hpp"

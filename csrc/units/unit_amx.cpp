@@ -232,6 +232,7 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
   settle_memory();
 }
 
+// Of three parts a left panel fills the first-level cache, whole: halves of 512 are faster than thirds that fit.
 template <int Parts>
 constexpr Product amx_product = {
     kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, Parts == 1 ? 512 : 256, pack_left_tiles<Parts>,

@@ -15,7 +15,7 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 
 inline __mmask16 lanes(int count) { return __mmask16((1u << count) - 1); }
 inline Vec widen(BFloat16, __m256i bits) {

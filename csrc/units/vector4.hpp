@@ -15,7 +15,7 @@ inline Vec zero() { return Vec{}; }
 inline Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 
 inline Vec load(const float* p) {
   Vec v;

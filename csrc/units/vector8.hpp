@@ -15,7 +15,7 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // b where either is NaN
 
 inline __m256i lanes(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

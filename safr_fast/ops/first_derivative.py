@@ -24,11 +24,6 @@ def is_differentiated(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def is_last_backward() -> bool:
-    """Whether the graph is freed behind this backward pass, so that what it saved may be overwritten."""
-    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 def first_derivative(name: str, gradient: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """``gradient(*arguments)`` in the backward pass of ``name``; to differentiate it by any tensor among them raises
     instead of giving zero."""

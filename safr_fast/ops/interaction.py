@@ -12,7 +12,7 @@ from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
-from safr_fast.ops.first_derivative import first_derivative, is_differentiated, is_last_backward
+from safr_fast.ops.first_derivative import first_derivative, is_differentiated
 
 _library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
@@ -138,10 +138,9 @@ def _gradient(bare: Tensor, factor: Tensor, x: Tensor, *others: Tensor) -> Tenso
 def _scaled(gradient: Tensor, factor: Tensor, x: Tensor, *_: Tensor) -> Tensor:
     """``gradient · factor`` summed over the heads that share one of ``x``'s, in the dtype of ``x``."""
     if gradient.shape == x.shape:
-        if dispatch.is_batched(factor):
+        if gradient.dtype == x.dtype == factor.dtype or dispatch.is_batched(factor):
             return (gradient * factor).to(x.dtype)
-        in_place = gradient.dtype == x.dtype and is_last_backward()  # it may be as large as the stored weights
-        return torch.mul(gradient, factor, out=gradient if in_place else torch.empty_like(gradient, dtype=x.dtype))
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))  # in one launch
     shared = x.shape[0], x.shape[1], gradient.shape[1] // x.shape[1], *x.shape[2:]
     return (gradient * factor).reshape(shared).sum(2).to(x.dtype)
 
