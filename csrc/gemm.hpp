@@ -123,15 +123,18 @@ class Operand {
 // The columns of a right operand, block by block: packed once where all of it is small, else anew for each use.
 class ColumnBlocks {
  public:
-  // `needed` gives the range of k that a block of columns is multiplied over. `of_gram`: with_rows will be asked for.
+  enum class For { product, gram };  // of a Gram matrix the rows are asked for, too
+
+  // `needed` gives the range of k that a block of columns is multiplied over.
   template <typename Needed>
   ColumnBlocks(const Product& product, const Crew& crew, Workspace& workspace, const View& matrix, int64_t cols,
-               int64_t k, bool of_gram, const Needed& needed)
+               int64_t k, For use, const Needed& needed)
       : product_(product), matrix_(matrix), k_(k) {
-    const int64_t small = std::max<int64_t>(4 << 20, product.right_bytes << 20);  // bytes; of AMX, as many numbers
+    // Bytes: of as many numbers where a number takes more than a float32's.
+    const int64_t small = std::max<int64_t>(4 << 20, product.right_bytes << 20);
     if (cols * k * product.right_bytes > small) return;
     shared_.emplace(product, Side::right, workspace, cols, k);
-    if (of_gram && product.turn) left_.emplace(product, Side::left, workspace, cols, k);
+    if (use == For::gram && product.turn) left_.emplace(product, Side::left, workspace, cols, k);
     const int64_t side = block_side(product);
     crew.each(divide_up(cols, side), [&](int64_t index) {
       const Range js = block(index, side, cols);

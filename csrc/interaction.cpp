@@ -66,7 +66,7 @@ double pair_sum(const Head& head, const HalfMatrix* phi, float* m, int64_t m_str
   const Workspace::Mark mark(workspace);
   const int64_t side = head.side(), stride = row_stride(head.product, side);
   const ColumnBlocks columns(head.product, head.crew, workspace, transposed(head.attention()), head.count, head.count,
-                             true, [&](Range js) { return head.until(js.end); });
+                             ColumnBlocks::For::gram, [&](Range js) { return head.until(js.end); });
   const int64_t group_blocks = columns.shared() ? 1 : kGroupBlocks;
   std::vector<double> losses(size_t(head.blocks()), 0.0);
 
@@ -112,8 +112,8 @@ template <typename Finish>
 void weighted_rows(const Head& head, const HalfMatrix& phi, float* m, int64_t stride, const Finish& finish) {
   Workspace& workspace = Workspace::own();
   const Workspace::Mark mark(workspace);
-  const ColumnBlocks columns(head.product, head.crew, workspace, head.attention(), head.count, head.count, false,
-                             [&](Range js) { return head.since(js.begin); });
+  const ColumnBlocks columns(head.product, head.crew, workspace, head.attention(), head.count, head.count,
+                             ColumnBlocks::For::product, [&](Range js) { return head.since(js.begin); });
   const int64_t group_blocks = columns.shared() ? 1 : kGroupBlocks;
   head.crew.each(divide_up(head.blocks(), group_blocks), [&](int64_t index) {
     Workspace& own = Workspace::own();

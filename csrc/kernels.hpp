@@ -54,8 +54,8 @@ struct Product {
   // `left` is where the tile's first row lies in its panel, of which a row takes one word of 32 bits. Their rows divide
   // `nr`. Null where that cannot be.
   Tiles own_tiles;
-  // Else a matrix times its own transpose is read and split once: from panels of one side, their bytes a multiple of a
-  // panel's for one k_unit, those of the same lines and k on the other. Null where own_tiles are there.
+  // Makes packed panels of one side, whole k_units of them, those of the same lines and k on the other: a matrix times
+  // its own transpose is then read and split once. Null where own_tiles serve for that.
   void (*turn)(const void* panels, int64_t bytes, void* out);
 };
 

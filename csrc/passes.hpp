@@ -140,7 +140,8 @@ void combine(float a, const float* x, const float* y, float b, const float* z, i
   });
 }
 
-// A square of kLanes rows, of which `rows` exist, and of columns as `lanes` says. A whole one stays in registers.
+// A square of kLanes rows, of which `rows` exist, and of columns as `lanes` says. Loops over a
+// whole one unroll, so that it can stay in registers.
 template <typename Lanes>
 inline void load_square(const float* x, int64_t stride, int64_t rows, Lanes lanes, Vec (&square)[kLanes]) {
   if (rows >= kLanes) {

@@ -8,7 +8,7 @@ constexpr int64_t kStoredGram = 1024;  // tokens up to which (α_i + α_j) G_ij 
 
 // hᵀ as the right operand of Gram products.
 ColumnBlocks gram_columns(const Tokens& t, Workspace& workspace) {
-  return {t.product, t.crew, workspace, transposed(t.h), t.count, t.width, true,
+  return {t.product, t.crew, workspace, transposed(t.h), t.count, t.width, ColumnBlocks::For::gram,
           [&](Range) { return Range{0, t.width}; }};
 }
 
