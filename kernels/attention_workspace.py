@@ -1,4 +1,5 @@
-"""Fills the workspace with the attention weights of a chunk of heads: (heads, pitch, pitch), scaled, tile by tile.
+"""Fills the workspace with the attention weights of a chunk of heads: (heads, planes, pitch, pitch), scaled, tile by
+tile. float32 ones lie in planes, split once rather than by each product that they are in, see ``tiles.split``.
 
 A tile is written whole, with zeros at padding and above a causal diagonal, so that the kernels behind it need no masks.
 Tiles without a real token are neither written nor read. Every program of a chunk counts heads from ``head0``, over
@@ -8,7 +9,7 @@ samples and query heads together.
 import triton
 import triton.language as tl
 
-from .tiles import first_row, load_rows, matrix_tile, product, real_tokens, span_of
+from .tiles import first_row, load_rows, product, real_tokens, span_of, split, store_planes, whole
 
 
 @triton.jit
@@ -55,8 +56,8 @@ def weights(score, top, total, attention_scale, DTYPE: tl.constexpr):
 def softmax_rows(
     q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
     stride_qt, stride_kt, log2_scale, attention_scale,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of powers of 2 of a tile of rows, and what its rounded weights, stored if asked for, sum to.
 
@@ -82,10 +83,10 @@ def softmax_rows(
             q_i, q_ptr, k_ptr, i0, j0, real_i, real_j, D, stride_qt, stride_kt, log2_scale,
             BLOCK, BLOCK_J, BLOCK_D, IS_CAUSAL, PRECISION,
         )  # fmt: skip
-        share = weights(score, top, total, attention_scale, DTYPE)
+        share = split(weights(score, top, total, attention_scale, tl.float32), PLANES, DTYPE)
         if attention_ptr is not None:
-            tl.store(matrix_tile(attention_ptr, i0, j0, pitch, BLOCK, BLOCK_J), share)
-        row_sum += tl.sum(share.to(tl.float32), 1)
+            store_planes(attention_ptr, None, 0, i0, j0, pitch, share)
+        row_sum += tl.sum(whole(share), 1)
     return top, total, row_sum / attention_scale
 
 
@@ -95,8 +96,8 @@ def softmax_kernel(
     T, D, H, group, head0, pitch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     log2_scale, attention_scale,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``A = softmax(scale · q kᵀ)`` to the workspace, and what its rounded rows sum to."""
     i0 = tl.program_id(0) * BLOCK
@@ -115,11 +116,11 @@ def softmax_kernel(
     if IS_CAUSAL:
         j_stop = tl.minimum(j_stop, i0 + BLOCK)
 
-    attention_ptr += local_head * pitch * pitch
+    attention_ptr += local_head * PLANES * pitch * pitch
     _, _, row_sum = softmax_rows(
         q_ptr, k_ptr, mask_ptr, attention_ptr, row, i0, real_i, j_begin, j_stop, stop, D, pitch,
         stride_qt, stride_kt, log2_scale, attention_scale,
-        attention_ptr.dtype.element_ty, BLOCK, BLOCK_J, BLOCK_D, WHOLE, IS_CAUSAL, PRECISION,
+        attention_ptr.dtype.element_ty, PLANES, BLOCK, BLOCK_J, BLOCK_D, WHOLE, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     tl.store(row_sum_ptr + local_head * pitch + i, row_sum)
 
@@ -129,7 +130,7 @@ def stage_kernel(
     source_ptr, mask_ptr, span_ptr, attention_ptr,
     T, H, head0, pitch,
     stride_b, stride_h, stride_t,
-    BLOCK: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attention that is given, to the workspace."""
     j0, i0 = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
@@ -143,5 +144,6 @@ def stage_kernel(
     real_i, real_j = real_tokens(i, stop, row, mask_ptr), real_tokens(j, stop, row, mask_ptr)
     source_ptr += sample * stride_b + head * stride_h
     tile = load_rows(source_ptr, i0, stride_t, real_i, j, T, BLOCK)
-    tile = tl.where(real_j[None, :], tile, 0.0)
-    tl.store(matrix_tile(attention_ptr + local_head * pitch * pitch, i0, j0, pitch, BLOCK, BLOCK), tile)
+    tile = tl.where(real_j[None, :], tile, 0.0).to(tl.float32)
+    attention_ptr += local_head * PLANES * pitch * pitch
+    store_planes(attention_ptr, None, 0, i0, j0, pitch, split(tile, PLANES, attention_ptr.dtype.element_ty))

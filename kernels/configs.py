@@ -42,7 +42,8 @@ class Config:
 
 # By kernel and by bits of the operands it multiplies. All compile without spilled registers for sm_80, sm_90 and gfx942
 # (tests/test_triton_compile.py) and fit the 99 KiB of shared memory of the smallest GPU of each kind, or the 64 KiB of
-# gfx942. float32 is split in two or three bfloat16 while it is multiplied, hence its small tiles.
+# gfx942. float32 is split in two or three bfloat16 while it is multiplied, hence its small tiles; "interaction" and
+# "gram" have 32 or 48 bits where it lies split, see ``interaction_launch.Arithmetic.in_planes``.
 _CONFIGS = {
     ("token", 16): Config(64, 64, WIDEST_ROW, num_warps=8),
     ("token_backward", 16): Config(64, 32, WIDEST_ROW, num_warps=8),
@@ -62,6 +63,7 @@ _CONFIGS = {
     ("softmax", 32): Config(64, 64, 32, num_warps=8),
     ("interaction", 16): Config(64, 64, 64),
     ("interaction", 32): Config(64, 64, 32, num_warps=8),
+    ("interaction", 48): Config(64, 64, 32, num_warps=8),
     ("query_key_gradient", 16): Config(64, 64, 128),
     ("query_key_gradient", 32): Config(64, 32, 32),
     ("interaction_block", 16): Config(64, 64, 64),
@@ -103,9 +105,16 @@ _LONG_BY_TMA = {
     ("interaction_long", 16): Config(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),
     ("softmax_long", 16): Config(128, 64, 64, num_stages=3),
     ("query_key_gradient_long", 16): Config(128, 128, 128, num_warps=8, num_stages=3),
+    ("interaction_long", 32): Config(128, 128, 32, num_warps=8, num_stages=3, descriptors=True),
+    ("interaction_long", 48): Config(128, 128, 32, num_warps=8, num_stages=3, descriptors=True),
+    ("gram_long", 32): Config(64, 64, 64, num_stages=2, descriptors=True),
+    ("gram_long", 48): Config(64, 64, 32, num_stages=3, descriptors=True),
+    ("softmax_long", 32): Config(128, 64, 64, num_warps=8, num_stages=3),
+    ("query_key_gradient_long", 32): Config(128, 64, 64, num_warps=8, num_stages=3),
 }
 _OVERRIDES = {
     "ampere": {
+        ("softmax", 32): Config(64, 32, 32, num_warps=8),
         ("interaction", 16): Config(64, 64, 64, num_warps=8),
         ("wide_backward", 32): Config(64, 32, 32, out=64, num_warps=8),
         ("moment", 16): Config(64, 0, 64, num_warps=8),
@@ -170,7 +179,9 @@ _UNALIGNED = {
     ("softmax", 32): Config(64, 32, 16, num_warps=8),
     ("softmax_long", 16): Config(128, 32, 16, num_warps=8),
     ("query_key_gradient", 16): Config(64, 32, 32, num_warps=8),
+    ("softmax_long", 32): Config(128, 32, 16, num_warps=8),
     ("query_key_gradient_long", 16): Config(128, 32, 32, num_warps=8),
+    ("query_key_gradient_long", 32): Config(128, 32, 16, num_warps=8),
     ("query_key_gradient", 32): Config(64, 32, 16, num_warps=8),
     ("interaction_block", 16): Config(64, 64, 32, num_warps=8),
     ("interaction_block", 32): Config(32, 32, 16, num_warps=8),
@@ -181,6 +192,9 @@ _UNALIGNED = {
     ("moment_and_short_backward", 32): Config(32, 32, 16, out=32, num_warps=8),
 }
 
+
+# Kernels that take another's tiles where no table has their own.
+_SHARED = {"gram": "interaction", "gram_long": "interaction_long"}
 
 Chooser = Callable[[str, int, int, Config], Config]  # of kernel, bits, width and the table's entry
 _chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
@@ -205,8 +219,10 @@ def entry(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """What the table has for a kernel and rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
     unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
-    key = kernel, bits
-    return unaligned.get(key) or _OVERRIDES[kind].get(key) or _CONFIGS[key]
+    for key in ((kernel, bits), (_SHARED.get(kernel, kernel), bits)):
+        if found := unaligned.get(key) or _OVERRIDES[kind].get(key) or _CONFIGS.get(key):
+            return found
+    raise KeyError(f"no configuration of {kernel} for {bits} bits")
 
 
 def config(kernel: str, bits: int, width: int, device: torch.device) -> Config:
@@ -236,7 +252,8 @@ def architecture(device: torch.device) -> str:
 def config_for(kernel: str, bits: int, width: int, tokens: int, device: torch.device) -> Config:
     """:func:`config` of a kernel over T×T matrices: larger tiles for many ``tokens``, where the table has them."""
     longer = f"{kernel}_long"
-    found = tokens > LONG and ((longer, bits) in _CONFIGS or (longer, bits) in _OVERRIDES[architecture(device)])
+    known = _OVERRIDES[architecture(device)]
+    found = tokens > LONG and any((name, bits) in known for name in (longer, _SHARED.get(longer)))
     return config(longer if found else kernel, bits, width, device)
 
 

@@ -1,12 +1,24 @@
 """The Gram matrix of attention rows, and all that needs it: the loss, ``M``, φ(G) and the softmax's row term.
 
-G is symmetric, so each program makes one tile of its lower triangle and serves the mirrored one too.
+G is symmetric, so each program makes one tile of its lower triangle and serves the mirrored one too. Such a tile, of
+SIDE rows and columns, is a tile of the workspace, of BLOCK, or a part of one.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import load_mirrored, load_tile, matrix_tile, product, span_of, store_mirrored, store_tile, sum_of
+from .tiles import (
+    load_planes,
+    product_of_planes,
+    span_of,
+    split,
+    store_mirrored_planes,
+    store_planes,
+    sum_of,
+    transposed,
+    whole,
+    whole_mirrored,
+)
 
 
 @triton.jit
@@ -43,15 +55,15 @@ def quarters(tile):
 def tile_and_mirror(
     gram, attention_ptr, attention_desc, mirrored_desc, pair_ptr, pair_desc, phi_desc, diagonal_ptr, row_term_ptr,
     matrix, i0, j0, i_tile, apart, pitch, attention_scale, pair_scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_CAUSAL: tl.constexpr, SQUARED: tl.constexpr,
-    EXCLUDE_DIAGONAL: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    SQUARED: tl.constexpr, EXCLUDE_DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """A tile's part of the loss and of its rows' terms, and what ``pair_ptr`` asks for. ``apart``: from its mirror."""
     i, j = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLUMNS)
-    attention = load_tile(attention_ptr, attention_desc, matrix, i0, j0, pitch, ROWS, COLUMNS)
-    attention = attention.to(tl.float32) / attention_scale
-    mirrored = load_mirrored(attention_ptr, mirrored_desc, matrix, i0, j0, pitch, ROWS, COLUMNS)
-    mirrored = mirrored.to(tl.float32) / attention_scale
+    attention = whole(load_planes(attention_ptr, attention_desc, matrix, i0, j0, pitch, ROWS, COLUMNS, PLANES))
+    attention /= attention_scale
+    mirrored = whole_mirrored(attention_ptr, mirrored_desc, matrix, i0, j0, pitch, ROWS, COLUMNS, PLANES)
+    mirrored /= attention_scale
     if IS_CAUSAL:  # nothing is written above the diagonal
         mirrored = tl.where(apart, 0.0, mirrored)
     phi, pair = pair_terms(gram, attention, mirrored, i[:, None] == j[None, :], SQUARED, EXCLUDE_DIAGONAL)
@@ -60,17 +72,22 @@ def tile_and_mirror(
     loss = sum_of(both * (1.0 - phi))
     row_share = tl.zeros((ROWS,), tl.float32)
     if pair_ptr is not None:
-        pair = (pair * pair_scale).to(pair_ptr.dtype.element_ty)
-        phi = (phi * attention_scale).to(pair_ptr.dtype.element_ty)
-        through_pairs = pair.to(tl.float32) / pair_scale * gram
-        rounded_phi = phi.to(tl.float32) / attention_scale
+        pair_planes = split(pair * pair_scale, PLANES, pair_ptr.dtype.element_ty)
+        phi_planes = split(phi * attention_scale, PLANES, pair_ptr.dtype.element_ty)
+        through_pairs = whole(pair_planes) / pair_scale * gram
+        rounded_phi = whole(phi_planes) / attention_scale
         row_share = tl.sum(attention * rounded_phi + through_pairs, 1)
-        store_tile(pair_ptr, pair_desc, matrix, i0, j0, pitch, pair)
-        if apart:
-            store_mirrored(pair_ptr, phi_desc, matrix, i0, j0, pitch, phi)
-            tl.store(row_term_ptr + i_tile * pitch + j, tl.sum(mirrored * rounded_phi + through_pairs, 0))
+        store_planes(pair_ptr, pair_desc, matrix, i0, j0, pitch, pair_planes)
+        if i0 // BLOCK == j0 // BLOCK:
+            store_planes(diagonal_ptr, None, 0, i0, j0, pitch, phi_planes)
+            if ROWS < BLOCK:
+                if apart:
+                    store_mirrored_planes(diagonal_ptr, None, 0, i0, j0, pitch, phi_planes)
+                    store_mirrored_planes(pair_ptr, phi_desc, matrix, i0, j0, pitch, pair_planes)
         else:
-            tl.store(matrix_tile(diagonal_ptr, i0, j0, pitch, ROWS, COLUMNS), phi)
+            store_mirrored_planes(pair_ptr, phi_desc, matrix, i0, j0, pitch, phi_planes)
+        if apart:
+            tl.store(row_term_ptr + i_tile * pitch + j, tl.sum(mirrored * rounded_phi + through_pairs, 0))
     return loss, row_share
 
 
@@ -80,42 +97,43 @@ def interaction_gram_kernel(
     loss_ptr,
     T, H, head0, pitch, tiles,
     attention_scale, pair_scale,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, SQUARED: tl.constexpr,
-    EXCLUDE_DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, SIDE: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    SQUARED: tl.constexpr, EXCLUDE_DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``Σ A_ij (1 − φ(G_ij))`` over a tile and its mirror image, to (heads, tiles, tiles).
 
-    With ``pair_ptr``, for the gradient, to (heads, pitch, pitch): M in the tiles on and below the diagonal, φ in those
-    above it; both are symmetric. φ of the tiles on the diagonal goes to ``diagonal_ptr``. And to (heads, tiles, pitch)
-    each row's share of ``Σ_j A_ij φ_ij + Σ_k M_ik G_ik``, which is ``−Σ_j A_ij ∂L/∂A_ij`` without the 1 of ``1 − φ``.
-    It is made of the rounded A, φ and M, so that the rows of ∂L/∂s will sum to zero.
+    With ``pair_ptr``, for the gradient, to (heads, planes, pitch, pitch): M in the tiles, of BLOCK, on and below the
+    diagonal, φ in those above it; both are symmetric. φ of the tiles on the diagonal goes to ``diagonal_ptr``. And to
+    (heads, tiles, pitch) each row's share of ``Σ_j A_ij φ_ij + Σ_k M_ik G_ik``, which is ``−Σ_j A_ij ∂L/∂A_ij`` without
+    the 1 of ``1 − φ``. It is made of the rounded A, φ and M, so that the rows of ∂L/∂s will sum to zero.
     """
     j_tile, i_tile = tl.program_id(0), tl.program_id(1)
     local_head = tl.program_id(2).to(tl.int64)
-    i0, j0 = i_tile * BLOCK, j_tile * BLOCK
+    i0, j0 = i_tile * SIDE, j_tile * SIDE
     begin, stop = span_of((head0 + local_head) // H, None, span_ptr, T)
-    if j0 > i0 or i0 >= stop or j0 + BLOCK <= begin:
+    if j0 > i0 or i0 // BLOCK * BLOCK >= stop or j0 // BLOCK * BLOCK + BLOCK <= begin:
         return
-    attention_ptr += local_head * pitch * pitch
+    attention_ptr += local_head * PLANES * pitch * pitch
     k_stop = stop
     if IS_CAUSAL:
-        k_stop = tl.minimum(stop, j0 + BLOCK)
+        k_stop = tl.minimum(stop, j0 + SIDE)
 
-    gram = tl.zeros((BLOCK, BLOCK), tl.float32)
+    gram = tl.zeros((SIDE, SIDE), tl.float32)
     for k0 in range(begin // BLOCK * BLOCK, k_stop, BLOCK_K):
-        a_i = load_tile(attention_ptr, attention_desc, local_head, i0, k0, pitch, BLOCK, BLOCK_K)
-        a_j = load_tile(attention_ptr, attention_desc, local_head, j0, k0, pitch, BLOCK, BLOCK_K)
-        gram = product(a_i, a_j.trans(), gram, PRECISION)
+        a_i = load_planes(attention_ptr, attention_desc, local_head, i0, k0, pitch, SIDE, BLOCK_K, PLANES)
+        a_j = load_planes(attention_ptr, attention_desc, local_head, j0, k0, pitch, SIDE, BLOCK_K, PLANES)
+        gram = product_of_planes(a_i, transposed(a_j), gram, PRECISION)
     gram *= 1.0 / (attention_scale * attention_scale)
     if pair_ptr is not None:
-        pair_ptr += local_head * pitch * pitch
-        diagonal_ptr += local_head * pitch * pitch
+        pair_ptr += local_head * PLANES * pitch * pitch
+        diagonal_ptr += local_head * PLANES * pitch * pitch
         row_term_ptr += local_head * tiles * pitch
 
     loss = tl.zeros((1,), tl.float32)
-    row_share = tl.zeros((BLOCK,), tl.float32)
+    row_share = tl.zeros((SIDE,), tl.float32)
     # All terms of a large tile at once would need more registers than there are; a descriptor is of BLOCK_K columns.
-    PARTS: tl.constexpr = (1 if BLOCK <= 64 else 4) if attention_desc is None else BLOCK // BLOCK_K
+    BY_ADDRESS: tl.constexpr = 4 if SIDE > 64 else 2 if PLANES > 1 else 1
+    PARTS: tl.constexpr = BY_ADDRESS if attention_desc is None else SIDE // BLOCK_K
     if PARTS == 1:
         parts = (gram,)
     elif PARTS == 2:
@@ -126,19 +144,19 @@ def interaction_gram_kernel(
     for part in tl.static_range(len(parts)):
         part_loss, part_row_share = tile_and_mirror(
             parts[part], attention_ptr, attention_desc, mirrored_desc, pair_ptr, pair_desc, phi_desc, diagonal_ptr,
-            row_term_ptr, local_head, i0, j0 + part * (BLOCK // len(parts)), i_tile, i0 > j0, pitch,
+            row_term_ptr, local_head, i0, j0 + part * (SIDE // len(parts)), i_tile, i0 > j0, pitch,
             attention_scale, pair_scale,
-            BLOCK, BLOCK // len(parts), IS_CAUSAL, SQUARED, EXCLUDE_DIAGONAL,
+            PLANES, BLOCK, SIDE, SIDE // len(parts), IS_CAUSAL, SQUARED, EXCLUDE_DIAGONAL,
         )  # fmt: skip
         loss += part_loss
         row_share += part_row_share
     tl.store(loss_ptr + (local_head * tiles + i_tile) * tiles + j_tile + tl.arange(0, 1), loss)
     if pair_ptr is not None:
-        tl.store(row_term_ptr + j_tile * pitch + i0 + tl.arange(0, BLOCK), row_share)
+        tl.store(row_term_ptr + j_tile * pitch + i0 + tl.arange(0, SIDE), row_share)
 
 
 @triton.jit(do_not_specialize=["T", "H", "head0", "tiles"])
-def interaction_total_kernel(loss_ptr, span_ptr, total_ptr, T, H, head0, tiles, BLOCK: tl.constexpr):
+def interaction_total_kernel(loss_ptr, span_ptr, total_ptr, T, H, head0, tiles, SIDE: tl.constexpr):
     """Sum over the tiles of a head that ``interaction_gram_kernel`` made."""
     local_head = tl.program_id(0).to(tl.int64)
     begin, stop = span_of((head0 + local_head) // H, None, span_ptr, T)
@@ -146,6 +164,6 @@ def interaction_total_kernel(loss_ptr, span_ptr, total_ptr, T, H, head0, tiles, 
     total = tl.zeros((1024,), tl.float32)
     for first in range(0, tiles * tiles, 1024):
         tile = first + tl.arange(0, 1024)
-        i0, j0 = tile // tiles * BLOCK, tile % tiles * BLOCK
-        total += tl.load(loss_ptr + tile, mask=(j0 <= i0) & (i0 < stop) & (j0 + BLOCK > begin), other=0.0)
+        i0, j0 = tile // tiles * SIDE, tile % tiles * SIDE
+        total += tl.load(loss_ptr + tile, mask=(j0 <= i0) & (i0 < stop) & (j0 + SIDE > begin), other=0.0)
     tl.store(total_ptr + head0 + local_head, tl.sum(total, 0))

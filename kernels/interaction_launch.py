@@ -1,11 +1,11 @@
 """Launches primitive 2 over samples of one padded length: chunks of heads whose T×T matrices fit a bounded workspace.
 
-Per head the workspace holds A; M, and where its symmetry spares it φ(G); and ∂L/∂s: 6 T² bytes for 16-bit input,
-12 T² for float32. Every head is computed alone, so that results do not depend on the chunk. Heads of few tokens take
-no workspace: a program each does them.
+Per head the workspace holds A; M, and where its symmetry spares it φ(G); and ∂L/∂s: 6 T² bytes for 16-bit input, for
+float32 18 T² at ``highest`` and 12 T² at ``high``, see ``Arithmetic.in_planes``. Every head is computed alone, so that
+results do not depend on the chunk. Heads of few tokens take no workspace: a program each does them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
@@ -26,6 +26,7 @@ from .interaction_gram import interaction_gram_kernel, interaction_total_kernel
 from .tensors import as_bytes, readable, spans
 
 LOG2_E = 1.4426950408889634
+PLANES = {"bf16x3": 2, "bf16x6": 3}  # by how products split float32
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -38,10 +39,18 @@ class Arithmetic:
     attention_scale: float
     pair_scale: float
     precision: str
+    planes: int = 1
 
     @property
     def bits(self) -> int:
-        return 8 * self.matrix.itemsize
+        return 8 * self.matrix.itemsize * self.planes
+
+    def in_planes(self) -> "Arithmetic":
+        """Where matrices lie in memory, what products would split lies there split: each tile meets many others."""
+        planes = PLANES.get(self.precision, 1) if self.matrix == torch.float32 else 1
+        if planes == 1:
+            return self
+        return replace(self, matrix=torch.bfloat16, score_gradient=torch.bfloat16, planes=planes)
 
     @classmethod
     def of_scores(cls, q: Tensor) -> "Arithmetic":
@@ -68,51 +77,66 @@ class Workspace:
     ) -> None:  # fmt: skip
         batch, self.H, self.T = sample.shape[:3]
         self.span = span
-        self.arithmetic = arithmetic
+        self.arithmetic = arithmetic = arithmetic.in_planes()
         self.form = {"SQUARED": squared, "EXCLUDE_DIAGONAL": exclude_diagonal}
         self.is_causal = is_causal
-        self.config = configs.config_for("interaction", arithmetic.bits, configs.WIDEST_ROW, self.T, sample.device)
+        self.config, gram = (
+            configs.config_for(kernel, arithmetic.bits, configs.WIDEST_ROW, self.T, sample.device)
+            for kernel in ("interaction", "gram")
+        )
+        self.gram_config = replace(gram, rows=min(gram.rows, self.config.rows))
         self.tiles = cdiv(self.T, self.config.rows)
         self.pitch = self.tiles * self.config.rows
+        self.gram_tiles = self.pitch // self.gram_config.rows
         self.total = sample.new_empty(batch, self.H, dtype=torch.float32)
 
         matrices = 3 if need_grad else 1
-        head_bytes = matrices * self.pitch**2 * arithmetic.matrix.itemsize
+        head_bytes = matrices * self.pitch**2 * arithmetic.bits // 8
         self.heads = configs.heads_of_a_chunk(batch * self.H, head_bytes, workspace_bytes)
-        matrix = sample.new_empty(matrices, self.heads, self.pitch, self.pitch, dtype=arithmetic.matrix)
+        shape = (matrices, self.heads, arithmetic.planes, self.pitch, self.pitch)
+        matrix = sample.new_empty(shape, dtype=arithmetic.matrix)
         # grad: φ of the tiles on the diagonal, each until the program that has read it writes ∂L/∂s there
         self.attention, self.pair, self.grad = matrix if need_grad else (*matrix, None, None)
-        self.attention_tiles, self.pair_tiles = self.descriptors(self.attention), self.descriptors(self.pair)
-        self.row_term = self.total.new_empty(self.heads, self.tiles, self.pitch) if need_grad else None
+        self.attention_tiles, self.pair_tiles = self.descriptors(self.config)
+        gram = (self.attention_tiles, self.pair_tiles)
+        if self.gram_config != self.config:
+            gram = self.descriptors(self.gram_config)
+        self.gram_descriptors = (*gram[0][:2], *gram[1][:2])
+        self.row_term = self.total.new_empty(self.heads, self.gram_tiles, self.pitch) if need_grad else None
         self.row_sum = self.total.new_empty(self.heads, self.pitch)
-        self.loss = self.total.new_empty(self.heads, self.tiles, self.tiles)
+        self.loss = self.total.new_empty(self.heads, self.gram_tiles, self.gram_tiles)
 
     def chunks(self) -> list[tuple[int, int]]:
         """First head and number of heads of each chunk, over samples and heads together."""
         count = self.total.numel()
         return [(first, min(self.heads, count - first)) for first in range(0, count, self.heads)]
 
-    def descriptors(self, matrix: Tensor | None) -> tuple[TensorDescriptor | None, ...]:
-        """Of a chunk's matrices laid end to end, where the configuration reads them by TMA: of tiles of ``rows`` by
+    def descriptors(self, config: configs.Config) -> list[tuple[TensorDescriptor | None, ...]]:
+        """Of a chunk's A and M laid end to end, where the configuration reads them by TMA: of tiles of ``rows`` by
         ``features``, of their mirror images, and of two of these side by side."""
-        if matrix is None or not self.config.descriptors:
-            return None, None, None
-        rows, features = self.config.rows, self.config.features
+        rows, features = config.rows, config.features
         shapes = ([rows, features], [features, rows], [features, 2 * rows])
-        return tuple(TensorDescriptor.from_tensor(matrix.view(-1, self.pitch), shape) for shape in shapes)
+        return [
+            (None, None, None)
+            if matrix is None or not config.descriptors
+            else tuple(TensorDescriptor.from_tensor(matrix.view(-1, self.pitch), shape) for shape in shapes)
+            for matrix in (self.attention, self.pair)
+        ]
 
     def gram(self, head0: int, heads: int) -> None:
         """The loss of a chunk and, for the gradient, M, φ(G) and the row term."""
-        interaction_gram_kernel[(self.tiles, self.tiles, heads)](
-            self.attention, *self.attention_tiles[:2], self.span, self.pair, *self.pair_tiles[:2],
+        config = self.gram_config
+        attention_desc, mirrored_desc, pair_desc, phi_desc = self.gram_descriptors
+        interaction_gram_kernel[(self.gram_tiles, self.gram_tiles, heads)](
+            self.attention, attention_desc, mirrored_desc, self.span, self.pair, pair_desc, phi_desc,
             self.grad, self.row_term, self.loss,
-            self.T, self.H, head0, self.pitch, self.tiles,
+            self.T, self.H, head0, self.pitch, self.gram_tiles,
             self.arithmetic.attention_scale, self.arithmetic.pair_scale,
-            BLOCK=self.config.rows, BLOCK_K=self.config.features, IS_CAUSAL=self.is_causal, **self.form,
-            PRECISION=self.arithmetic.precision, **self.config.execution,
+            PLANES=self.arithmetic.planes, BLOCK=self.config.rows, SIDE=config.rows, BLOCK_K=config.features,
+            IS_CAUSAL=self.is_causal, **self.form, PRECISION=self.arithmetic.precision, **config.execution,
         )  # fmt: skip
         interaction_total_kernel[(heads,)](
-            self.loss, self.span, self.total, self.T, self.H, head0, self.tiles, BLOCK=self.config.rows
+            self.loss, self.span, self.total, self.T, self.H, head0, self.gram_tiles, SIDE=config.rows
         )
 
 
@@ -142,14 +166,15 @@ def from_attention(
         grid = (work.tiles, work.tiles, heads)
         stage_kernel[grid](
             attention, mask, span, work.attention, work.T, work.H, head0, work.pitch, *attention.stride()[:3],
-            BLOCK=config.rows,
+            PLANES=work.arithmetic.planes, BLOCK=config.rows,
         )  # fmt: skip
         work.gram(head0, heads)
         if need_grad:
             attention_gradient_kernel[grid](
                 work.attention, work.attention_tiles[1], work.pair, *work.pair_tiles[:2], work.grad,
                 mask, span, grad, work.T, work.H, head0, work.pitch,
-                BLOCK=config.rows, BLOCK_K=config.features, PRECISION=work.arithmetic.precision, **config.execution,
+                PLANES=work.arithmetic.planes, BLOCK=config.rows, BLOCK_K=config.features,
+                PRECISION=work.arithmetic.precision, **config.execution,
             )  # fmt: skip
     return work.total, grad
 
@@ -238,8 +263,9 @@ def _launch_softmax(
         q, k, mask, work.span, work.attention, work.row_sum,
         work.T, q.shape[-1], work.H, work.H // k.shape[1], head0, work.pitch, *q.stride()[:3], *k.stride()[:3],
         scale * LOG2_E, work.arithmetic.attention_scale,
-        BLOCK=work.config.rows, BLOCK_J=config.columns, BLOCK_D=config.features, WHOLE=q.shape[-1] <= config.features,
-        IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision, **config.execution,
+        PLANES=work.arithmetic.planes, BLOCK=work.config.rows, BLOCK_J=config.columns, BLOCK_D=config.features,
+        WHOLE=q.shape[-1] <= config.features, IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision,
+        **config.execution,
     )  # fmt: skip
 
 
@@ -249,14 +275,14 @@ def _launch_score_gradient(work: Workspace, head0: int, heads: int) -> tuple[Ten
     score_grad_scale = work.total.new_empty(heads, work.tiles)
     config = work.config
     _, attention_desc, two_tiles_desc = work.attention_tiles
-    if work.is_causal:
+    if work.is_causal or work.arithmetic.planes == 3:  # whose products need twice the registers
         two_tiles_desc = None
     score_gradient_kernel[(work.tiles if two_tiles_desc is None else cdiv(work.tiles, 2), work.tiles, heads)](
         work.attention, attention_desc, two_tiles_desc, work.pair, *work.pair_tiles[:2], work.grad,
         work.row_term, work.row_sum, work.span, score_grad, score_grad_scale,
         work.T, work.H, head0, work.pitch, work.tiles, work.arithmetic.attention_scale, work.arithmetic.pair_scale,
-        BLOCK=config.rows, BLOCK_K=config.features, IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision,
-        **config.execution,
+        PLANES=work.arithmetic.planes, BLOCK=config.rows, SIDE=work.gram_config.rows, BLOCK_K=config.features,
+        IS_CAUSAL=work.is_causal, PRECISION=work.arithmetic.precision, **config.execution,
     )  # fmt: skip
     return score_grad, score_grad_scale
 
@@ -269,6 +295,7 @@ def _launch_query_and_key_gradient(
     config = configs.config_for("query_key_gradient", 8 * q.dtype.itemsize, D, work.T, q.device)
     grid = (work.tiles, cdiv(D, config.features), heads)
     options = {
+        "PLANES": work.arithmetic.planes,
         "BLOCK": work.config.rows,
         "BLOCK_K": min(config.columns, work.config.rows),  # a power of 2 for each tile of rows
         "BLOCK_D": config.features,

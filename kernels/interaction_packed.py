@@ -67,7 +67,7 @@ def packed_softmax_kernel(
 
     top, total, row_sum = softmax_rows(
         q_ptr, k_ptr, None, None, row, i0, i < stop, 0, j_stop, stop, D, 0,
-        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, BLOCK, BLOCK, BLOCK_D, WHOLE, IS_CAUSAL, PRECISION,
+        stride_qt, stride_kt, log2_scale, attention_scale, DTYPE, 1, BLOCK, BLOCK, BLOCK_D, WHOLE, IS_CAUSAL, PRECISION,
     )  # fmt: skip
     top = tl.where(count_of(sequence, cu_ptr, None, N) > longest, float("nan"), top)
     out = head * N + row + i

@@ -16,6 +16,7 @@ __all__ = [
     "moment_slots",
     "row_energy",
     "row_energy_backward",
+    "scaled",
     "unavailable_reason",
 ]
 
@@ -132,6 +133,15 @@ def interaction_from_qk(
             return tuned(lambda: interaction_launch.from_qk(q, k, mask, *form), q, q.shape[2])
         launch = interaction_packed_launch.from_qk
         return tuned(lambda: launch(q, k, cu_seqlens, *form, max_seqlen), q, _tokens(q, cu_seqlens))
+
+
+def scaled(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """``gradient`` ``(B, H, …)`` of each head times ``factor`` ``(B, H)``, summed over those that share one of
+    ``heads``."""
+    from . import gradient_scale
+
+    with torch.cuda.device_of(gradient):
+        return gradient_scale.scaled(gradient, factor, heads, dtype)
 
 
 def _tokens(h: Tensor, cu_seqlens: Tensor | None) -> int:

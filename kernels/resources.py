@@ -135,7 +135,7 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     """One call of each kind, at widths whose tiles differ. The forms are shared out, since compiling takes long."""
     import torch
 
-    from . import configs, interaction_launch, interaction_packed_launch, row_energy_launch
+    from . import configs, gradient_scale, interaction_launch, interaction_packed_launch, row_energy_launch
 
     def empty(*shape: int, dtype: Any = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
@@ -163,6 +163,9 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
         unaligned = empty(4, 8, length, 40)
         interaction_launch.from_qk(unaligned, unaligned, None, 0.1, True, True, False, True)
     interaction_launch.from_attention(empty(4, 8, tokens, tokens), short_mask, True, True, True)
+    for heads in (8, 2):
+        gradient = empty(4, 8, 1024, 64, dtype=torch.float32)
+        gradient_scale.scaled(gradient, empty(4, 8, dtype=torch.float32), heads, dtype)
     importance(empty(2048, 512), None, cu_seqlens)
     importance(empty(4, 1024, 100), mask, None)
     importance(empty(4, 256, 200), None, None)
@@ -186,7 +189,7 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
 
 
 def _by_descriptors(kernel: str, bits: int, width: int, found: Any) -> Any:
-    by_tma = kernel in ("interaction", "interaction_long")
+    by_tma = kernel in ("interaction", "interaction_long", "gram", "gram_long")
     return replace(found, num_warps=8, num_stages=3, descriptors=True) if by_tma else found
 
 

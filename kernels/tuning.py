@@ -50,6 +50,8 @@ VARIED = {
     "moment_backward": ("rows",),
     "interaction": ("rows", "descriptors"),
     "interaction_long": ("rows", "descriptors"),
+    "gram": ("rows", "descriptors"),
+    "gram_long": ("rows", "descriptors"),
     "packed": ("rows",),
 }
 EXECUTION = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
@@ -188,7 +190,7 @@ def neighbours(kernel: str, bits: int, found: Config, device: Device) -> list[Co
     axes: dict[str, Sequence[int]] = dict(EXECUTION)
     for name in VARIED.get(kernel, ()):
         if name == "descriptors":
-            axes[name] = (False, True) if device.has_descriptors and bits == 16 else (False,)
+            axes[name] = (False, True) if device.has_descriptors else (False,)
         else:
             axes[name] = sorted({getattr(found, name), 64, 128})
     others = [found]

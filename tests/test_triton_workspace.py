@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import DEVICE, needs_triton, normal, offsets
+from support import DEVICE, needs_interpreter, needs_triton, normal, offsets, relative_error
 from torch import Tensor
 
 import safr_fast as sf
@@ -92,7 +92,7 @@ def test_matrices_are_the_same_read_by_descriptors(rows: int, is_causal: bool) -
         ) -> configs.Config:
             if kernel == "query_key_gradient":  # more columns than a tile has are not taken
                 return replace(found, columns=128)
-            return replace(found, rows=rows, descriptors=descriptors) if kernel == "interaction" else found
+            return replace(found, rows=rows, descriptors=descriptors) if kernel in ("interaction", "gram") else found
 
         with configs.choosing(choose):
             of_qk = launch.interaction_from_qk(q, k, mask, None, scale=0.3, is_causal=is_causal, **form)
@@ -101,6 +101,61 @@ def test_matrices_are_the_same_read_by_descriptors(rows: int, is_causal: bool) -
     for by_pointers, by_descriptors in zip(*results, strict=True):
         torch.testing.assert_close(by_pointers, by_descriptors, rtol=1e-5, atol=1e-6)
         assert by_pointers.any()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("planes", "rounding"), [(2, 1e-4), (3, 1e-5)])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_planes_add_up_to_the_matrices_that_they_split(
+    monkeypatch: pytest.MonkeyPatch, planes: int, rounding: float, descriptors: bool
+) -> None:
+    """Of numbers rounded to bfloat16 in float32's memory, as the interpreter cannot multiply bfloat16. With descriptors
+    also where four tiles of the Gram matrix make one of the workspace."""
+    from safr_fast.kernels import configs, launch
+    from safr_fast.kernels.interaction_launch import Arithmetic
+
+    mask = torch.ones(2, 150, dtype=torch.bool)
+    mask[0, :70] = mask[1, 130:] = False
+    q, k = normal(2, 2, 150, 8, seed=1), normal(2, 1, 150, 8, seed=2)
+    attention = normal(2, 2, 150, 150).softmax(-1)
+    attention[0, 0, 100, 80] = 1e-20
+    form = {
+        "squared": True,
+        "exclude_diagonal": False,
+        "need_grad": True,
+        "workspace_bytes": 3 * 3 * planes * 256**2 * 4,
+    }
+
+    def interactions() -> tuple[Tensor, ...]:
+        of_qk = launch.interaction_from_qk(q, k, mask, None, scale=0.3, is_causal=not descriptors, **form)
+        return *of_qk, *launch.interaction(attention, mask, **form)
+
+    def choose(kernel: str, bits: int, width: int, found: configs.Config) -> configs.Config:
+        if not descriptors or kernel not in ("interaction", "gram"):
+            return found
+        return replace(found, rows=128 if kernel == "interaction" else 64, descriptors=True)
+
+    expected = interactions()
+    monkeypatch.setattr(Arithmetic, "in_planes", lambda self: replace(self, planes=planes))
+    monkeypatch.setattr(Arithmetic, "bits", 32)
+    with configs.choosing(choose):
+        results = interactions()
+    errors = [relative_error(result, exact) for result, exact in zip(results, expected, strict=True)]
+    assert 0 < max(errors) <= rounding
+
+
+@pytest.mark.parametrize("heads", [6, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_is_scaled_by_what_arrives_for_each_head(heads: int, dtype: torch.dtype) -> None:
+    """Also where the factor has no memory of its own for each head, and a head's numbers end within a block."""
+    from safr_fast.kernels import launch
+
+    gradient = normal(2, 6, 75, 70, device=DEVICE)
+    own, common = normal(2, 6, seed=1, device=DEVICE), normal(1, 6, seed=1, device=DEVICE).expand(2, 6)
+    for factor in (own, own.mT.contiguous().mT, common):
+        expected = (gradient.double() * factor[:, :, None, None]).reshape(2, heads, 6 // heads, 75, 70).sum(2)
+        torch.testing.assert_close(launch.scaled(gradient, factor, heads, dtype), expected.to(dtype))
+    assert launch.scaled(gradient[:0], own[:0], heads, dtype).shape == (0, heads, 75, 70)
 
 
 @pytest.mark.parametrize("cu_seqlens", [[-9, 40, 20, 2**31 - 1], [300, 310], [60, 90]], ids=str)

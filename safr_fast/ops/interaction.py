@@ -24,6 +24,7 @@ _library.define(
     " bool squared, bool exclude_diagonal, bool need_grad, str impl, int? workspace_bytes=None,"
     " SymInt? max_seqlen=None) -> (Tensor, Tensor, Tensor)"
 )
+_library.define("scaled(Tensor gradient, Tensor factor, SymInt heads, ScalarType dtype) -> Tensor")
 
 
 def _from_attention(
@@ -57,6 +58,11 @@ def _from_qk(
     )
 
 
+def _scaled_by_triton(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    return dispatch.module("triton").scaled(gradient, factor, heads, dtype)
+
+
+_library.impl("scaled", _scaled_by_triton, "CUDA")
 for _device in ("CPU", "CUDA"):
     _library.impl("interaction", _from_attention, _device)
     _library.impl("interaction_from_qk", _from_qk, _device)
@@ -81,6 +87,11 @@ def _(
     return total, grad_q, torch.empty_like(grad_q)
 
 
+@library.register_fake("safr_fast::scaled")
+def _(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], heads, *gradient.shape[2:], dtype=dtype)
+
+
 class Interaction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -101,7 +112,7 @@ class Interaction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         attention, gradient = ctx.saved_tensors
-        return _gradient(gradient, grad_total[:, :, None, None], attention), *(None,) * 5
+        return _gradient(gradient, grad_total, attention), *(None,) * 5
 
 
 class InteractionFromQK(torch.autograd.Function):
@@ -119,12 +130,11 @@ class InteractionFromQK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         q, k, cu_seqlens, grad_q, grad_k = ctx.saved_tensors
-        if cu_seqlens is None:
-            factor = grad_total[:, :, None, None]
-        else:
+        factor = grad_total
+        if cu_seqlens is not None:
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
             # tokens past the last sequence find the row of zeros below it
-            factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment].unsqueeze(-1)  # (N, H, 1)
+            factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment]  # (N, H)
         grad_q = _gradient(grad_q, factor, q, k) if ctx.needs_input_grad[0] else None
         grad_k = _gradient(grad_k, factor, k, q) if ctx.needs_input_grad[1] else None
         return grad_q, grad_k, *(None,) * 9
@@ -136,7 +146,11 @@ def _gradient(bare: Tensor, factor: Tensor, x: Tensor, *others: Tensor) -> Tenso
 
 
 def _scaled(gradient: Tensor, factor: Tensor, x: Tensor, *_: Tensor) -> Tensor:
-    """``gradient · factor`` summed over the heads that share one of ``x``'s, in the dtype of ``x``."""
+    """``gradient`` times ``factor``, of samples (or packed tokens) and heads, summed over the heads that share one of
+    ``x``'s, in the dtype of ``x``."""
+    if gradient.is_cuda and gradient.dim() == 4 and not dispatch.is_batched(factor):
+        return torch.ops.safr_fast.scaled(gradient, factor, x.shape[1], x.dtype)
+    factor = factor.reshape(*factor.shape, *(1,) * (gradient.dim() - 2))
     if gradient.shape == x.shape:
         if gradient.dtype == x.dtype == factor.dtype or dispatch.is_batched(factor):
             return (gradient * factor).to(x.dtype)
