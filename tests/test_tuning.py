@@ -88,7 +88,7 @@ def test_the_fastest_is_chosen_and_serves(tmp_path: Path, monkeypatch: pytest.Mo
         with watching_configurations() as used:
             second = interact()
     assert {kernel: (config.rows, config.num_warps) for kernel, config in used.items()} == {
-        "softmax": (64, 8), "interaction": (128, 8), "query_key_gradient": (64, 8)
+        "softmax": (64, 8), "interaction": (128, 8), "gram": (64, 8), "query_key_gradient": (64, 8)
     }  # fmt: skip
     for one, again, by_table in zip(first, second, table, strict=True):
         assert torch.equal(one, again)
