@@ -1,5 +1,5 @@
 """Fills the workspace with the attention weights of a chunk of heads: (heads, planes, pitch, pitch), scaled, tile by
-tile. float32 ones lie in planes, split once rather than by each product that they are in, see ``tiles.split``.
+tile. float32 ones lie in planes, split once rather than by each product that they are in, see ``planes``.
 
 A tile is written whole, with zeros at padding and above a causal diagonal, so that the kernels behind it need no masks.
 Tiles without a real token are neither written nor read. Every program of a chunk counts heads from ``head0``, over
@@ -9,7 +9,8 @@ samples and query heads together.
 import triton
 import triton.language as tl
 
-from .tiles import first_row, load_rows, product, real_tokens, span_of, split, store_planes, whole
+from .planes import split, store_planes, whole
+from .tiles import first_row, load_rows, product, real_tokens, span_of
 
 
 @triton.jit

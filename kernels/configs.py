@@ -194,7 +194,7 @@ _UNALIGNED = {
 
 
 # Kernels that take another's tiles where no table has their own.
-_SHARED = {"gram": "interaction", "gram_long": "interaction_long"}
+_TILES_OF = {"gram": "interaction", "gram_long": "interaction_long"}
 
 Chooser = Callable[[str, int, int, Config], Config]  # of kernel, bits, width and the table's entry
 _chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
@@ -219,7 +219,7 @@ def entry(kernel: str, bits: int, width: int, device: torch.device) -> Config:
     """What the table has for a kernel and rows of ``width`` features, whose operands have ``bits``."""
     kind = architecture(device)
     unaligned = _UNALIGNED if width % ALIGNED != 0 and kind != "interpreter" else {}
-    for key in ((kernel, bits), (_SHARED.get(kernel, kernel), bits)):
+    for key in ((kernel, bits), (_TILES_OF.get(kernel, kernel), bits)):
         if found := unaligned.get(key) or _OVERRIDES[kind].get(key) or _CONFIGS.get(key):
             return found
     raise KeyError(f"no configuration of {kernel} for {bits} bits")
@@ -253,7 +253,7 @@ def config_for(kernel: str, bits: int, width: int, tokens: int, device: torch.de
     """:func:`config` of a kernel over T×T matrices: larger tiles for many ``tokens``, where the table has them."""
     longer = f"{kernel}_long"
     known = _OVERRIDES[architecture(device)]
-    found = tokens > LONG and any((name, bits) in known for name in (longer, _SHARED.get(longer)))
+    found = tokens > LONG and any((name, bits) in known for name in (longer, _TILES_OF.get(longer)))
     return config(longer if found else kernel, bits, width, device)
 
 

@@ -4,21 +4,8 @@ import triton
 import triton.language as tl
 
 from .interaction_gram import halves, quarters
-from .tiles import (
-    first_row,
-    load_planes,
-    load_rows,
-    matrix_tile,
-    product_of_planes,
-    real_tokens,
-    span_of,
-    split,
-    store_planes,
-    store_rows,
-    transposed,
-    whole,
-    whole_mirrored,
-)
+from .planes import load_planes, product_of_planes, split, store_planes, transposed, whole, whole_mirrored
+from .tiles import first_row, load_rows, matrix_tile, real_tokens, span_of, store_rows
 
 
 @triton.jit

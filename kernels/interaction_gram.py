@@ -7,18 +7,17 @@ SIDE rows and columns, is a tile of the workspace, of BLOCK, or a part of one.
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .planes import (
     load_planes,
     product_of_planes,
-    span_of,
     split,
     store_mirrored_planes,
     store_planes,
-    sum_of,
     transposed,
     whole,
     whole_mirrored,
 )
+from .tiles import span_of, sum_of
 
 
 @triton.jit

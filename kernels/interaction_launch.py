@@ -98,10 +98,10 @@ class Workspace:
         # grad: φ of the tiles on the diagonal, each until the program that has read it writes ∂L/∂s there
         self.attention, self.pair, self.grad = matrix if need_grad else (*matrix, None, None)
         self.attention_tiles, self.pair_tiles = self.descriptors(self.config)
-        gram = (self.attention_tiles, self.pair_tiles)
+        of_gram = [self.attention_tiles, self.pair_tiles]
         if self.gram_config != self.config:
-            gram = self.descriptors(self.gram_config)
-        self.gram_descriptors = (*gram[0][:2], *gram[1][:2])
+            of_gram = self.descriptors(self.gram_config)
+        self.gram_descriptors = [descriptor for tiles in of_gram for descriptor in tiles[:2]]
         self.row_term = self.total.new_empty(self.heads, self.gram_tiles, self.pitch) if need_grad else None
         self.row_sum = self.total.new_empty(self.heads, self.pitch)
         self.loss = self.total.new_empty(self.heads, self.gram_tiles, self.gram_tiles)

@@ -119,12 +119,7 @@ def test_planes_add_up_to_the_matrices_that_they_split(
     q, k = normal(2, 2, 150, 8, seed=1), normal(2, 1, 150, 8, seed=2)
     attention = normal(2, 2, 150, 150).softmax(-1)
     attention[0, 0, 100, 80] = 1e-20
-    form = {
-        "squared": True,
-        "exclude_diagonal": False,
-        "need_grad": True,
-        "workspace_bytes": 3 * 3 * planes * 256**2 * 4,
-    }
+    form = {"squared": True, "exclude_diagonal": False, "need_grad": True, "workspace_bytes": 3 * 3 * planes * 2**18}
 
     def interactions() -> tuple[Tensor, ...]:
         of_qk = launch.interaction_from_qk(q, k, mask, None, scale=0.3, is_causal=not descriptors, **form)
