@@ -30,7 +30,7 @@ Source: SAFR, *Neuron Redistribution for Interpretability*, arXiv 2501.16374.
 """
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -295,8 +295,7 @@ def interaction_loss(
     arguments.check_attention(attention, mask)
     arguments.check_form(squared, exclude_diagonal, reduction)
     arguments.check_bytes("workspace_bytes", workspace_bytes)
-    total = interaction_op.interaction(attention, mask, squared, exclude_diagonal, impl, workspace_bytes)
-    return _mean_over_pairs(total, mask, None, attention.shape[-1], reduction)
+    return interaction_op.interaction(attention, mask, squared, exclude_diagonal, reduction, impl, workspace_bytes)
 
 
 def interaction_loss_from_qk(
@@ -353,22 +352,5 @@ def interaction_loss_from_qk(
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     arguments.check_number("scale", scale)
-    total = interaction_op.interaction_from_qk(
-        q, k, mask, cu_seqlens, float(scale), is_causal, squared, exclude_diagonal, impl, workspace_bytes, max_seqlen
-    )
-    return _mean_over_pairs(total, mask, cu_seqlens, q.shape[-2], reduction)
-
-
-def _mean_over_pairs(
-    total: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, tokens: int, reduction: str
-) -> Tensor:
-    """``total`` ``(B, H)`` over the square of each sample's length, reduced."""
-    if mask is None and cu_seqlens is None:
-        pairs = max(tokens, 1) ** 2
-        if reduction == "mean":  # one division for both
-            return _reduce(total, total.numel() * pairs, reduction)
-        loss = total / pairs
-    else:
-        length = cast(Tensor, cu_seqlens).diff() if mask is None else mask.sum(-1)
-        loss = total / length.clamp(min=1).to(total.dtype).square().unsqueeze(-1)
-    return _reduce(loss, loss.numel(), reduction)
+    form = (float(scale), is_causal, squared, exclude_diagonal, reduction)
+    return interaction_op.interaction_from_qk(q, k, mask, cu_seqlens, *form, impl, workspace_bytes, max_seqlen)

@@ -152,6 +152,21 @@ def test_inputs_are_left_alone(name: str, backend: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_takes_the_memory_of_what_was_saved_for_it(dtype: torch.dtype) -> None:
+    """Where the graph is freed: the attention's is as large as what the plain formula is avoided for."""
+    attention = normal(2, 3, TOKENS, TOKENS).softmax(-1).to(dtype).requires_grad_()
+    with forced("cpp") as impl:
+        loss = sf.interaction_loss(attention, impl=impl)
+        saved = loss.grad_fn.saved_tensors[1]
+        before = saved.clone()
+        (kept,) = torch.autograd.grad(loss, attention, retain_graph=True)
+        assert torch.equal(saved, before)
+        (last,) = torch.autograd.grad(loss, attention)
+    assert last.data_ptr() == saved.data_ptr()
+    assert torch.equal(last, kept)
+
+
 @every_backend()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0), (2, 1, 4)], ids=str)

@@ -11,6 +11,9 @@ from safr_fast.ops.dispatch import is_batched
 # Before PyTorch 2.12 Dynamo answers that it exports whenever it compiles.
 _DYNAMO_KNOWS_EXPORTS = torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
 
+# What PyTorch's own compiler goes by to write into saved tensors.
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting() and (_DYNAMO_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
@@ -22,6 +25,11 @@ def is_differentiated(*inputs: Tensor) -> bool:
     if _is_exporting():
         return False
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def frees_what_it_used() -> bool:
+    """Whether the backward pass under way frees what was saved for it, which may then be written to."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _keeps_graph())
 
 
 def first_derivative(name: str, gradient: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -2,17 +2,18 @@
 
 Value and gradient are made in one pass: nothing of size T×T outlives a head on the way from queries and keys. The
 gradient is that of the bare sum of each sample and head, and a key's gradient is kept apart for each query head that
-uses it: so both can be scaled by whatever gradient arrives later. The public functions divide by the number of pairs.
+uses it: so both can be scaled by whatever gradient arrives later. Sums become losses within the autograd Functions,
+which saves a small tensor's operation and its gradient each.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, library
 
 from safr_fast import arguments, reference
 from safr_fast.ops import dispatch
-from safr_fast.ops.first_derivative import first_derivative, is_differentiated
+from safr_fast.ops.first_derivative import first_derivative, frees_what_it_used, is_differentiated
 
 _library = library.Library("safr_fast", "FRAGMENT")
 _library.define(
@@ -92,6 +93,30 @@ def _(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tenso
     return gradient.new_empty(gradient.shape[0], heads, *gradient.shape[2:], dtype=dtype)
 
 
+class _Divisor(NamedTuple):
+    """What the sums ``(B, H)`` of a loss are divided by: ``(B, 1)`` where samples differ in length, else one number."""
+
+    of_samples: Tensor | None
+    of_all: int
+
+    def divide(self, x: Tensor) -> Tensor:
+        return x / (self.of_all if self.of_samples is None else self.of_samples)
+
+
+def _divisor(total: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, tokens: int, reduction: str) -> _Divisor:
+    count = max(total.numel(), 1) if reduction == "mean" else 1
+    if mask is None and cu_seqlens is None:
+        return _Divisor(None, max(tokens, 1) ** 2 * count)
+    length = cast(Tensor, cu_seqlens).diff() if mask is None else mask.sum(-1)
+    return _Divisor(length.clamp(min=1).to(total.dtype).square().unsqueeze(-1) * count, 1)
+
+
+def _reduce(total: Tensor, divisor: _Divisor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return divisor.divide(total)
+    return divisor.divide(total.sum()) if divisor.of_samples is None else divisor.divide(total).sum()
+
+
 class Interaction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,19 +125,23 @@ class Interaction(torch.autograd.Function):
         mask: Tensor | None,
         squared: bool,
         exclude_diagonal: bool,
+        reduction: str,
         impl: str,
         workspace_bytes: int | None,
     ) -> Tensor:
         total, gradient = torch.ops.safr_fast.interaction(
             attention, mask, squared, exclude_diagonal, True, impl, workspace_bytes
         )
-        ctx.save_for_backward(attention, gradient)
-        return total
+        divisor = _divisor(total, mask, None, attention.shape[-1], reduction)
+        ctx.save_for_backward(attention, gradient, divisor.of_samples)
+        ctx.of_all = divisor.of_all
+        return _reduce(total, divisor, reduction)
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        attention, gradient = ctx.saved_tensors
-        return _gradient(gradient, grad_total, attention), *(None,) * 5
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        attention, gradient, of_samples = ctx.saved_tensors
+        factor = _Divisor(of_samples, ctx.of_all).divide(grad_loss)
+        return _gradient(gradient, factor, attention), *(None,) * 6
 
 
 class InteractionFromQK(torch.autograd.Function):
@@ -120,37 +149,47 @@ class InteractionFromQK(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *options: Any
     ) -> Tensor:
-        *formula, impl, workspace_bytes, max_seqlen = options
+        *formula, reduction, impl, workspace_bytes, max_seqlen = options
         total, grad_q, grad_k = torch.ops.safr_fast.interaction_from_qk(
             q, k, mask, cu_seqlens, *formula, True, impl, workspace_bytes, max_seqlen
         )
-        ctx.save_for_backward(q, k, cu_seqlens, grad_q, grad_k)
-        return total
+        divisor = _divisor(total, mask, cu_seqlens, q.shape[-2], reduction)
+        ctx.save_for_backward(q, k, cu_seqlens, grad_q, grad_k, divisor.of_samples)
+        ctx.of_all = divisor.of_all
+        return _reduce(total, divisor, reduction)
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, cu_seqlens, grad_q, grad_k = ctx.saved_tensors
-        factor = grad_total
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, cu_seqlens, grad_q, grad_k, of_samples = ctx.saved_tensors
+        factor = _Divisor(of_samples, ctx.of_all).divide(grad_loss)
         if cu_seqlens is not None:
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
             # tokens past the last sequence find the row of zeros below it
-            factor = torch.nn.functional.pad(grad_total, (0, 0, 0, 1))[segment]  # (N, H)
+            factor = torch.nn.functional.pad(factor, (0, 0, 0, 1))[segment]  # (N, H) or (N, 1)
         grad_q = _gradient(grad_q, factor, q, k) if ctx.needs_input_grad[0] else None
         grad_k = _gradient(grad_k, factor, k, q) if ctx.needs_input_grad[1] else None
-        return grad_q, grad_k, *(None,) * 9
+        return grad_q, grad_k, *(None,) * 10
 
 
 def _gradient(bare: Tensor, factor: Tensor, x: Tensor, *others: Tensor) -> Tensor:
     """By ``x``; it depends on the ``others`` too, which is what they are here for."""
+    alike = bare.shape == x.shape and bare.dtype == x.dtype and bare.device.type == "cpu"
+    if alike and frees_what_it_used() and not dispatch.is_batched(factor):
+        return bare.mul_(_along(bare, factor))
     return first_derivative("the interaction", _scaled, bare, factor, x, *others)
+
+
+def _along(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``factor``, one number or one for each of the first two dimensions, so that it multiplies ``gradient``."""
+    return factor.reshape(*factor.shape, *(1,) * (gradient.dim() - factor.dim()))
 
 
 def _scaled(gradient: Tensor, factor: Tensor, x: Tensor, *_: Tensor) -> Tensor:
     """``gradient`` times ``factor``, of samples (or packed tokens) and heads, summed over the heads that share one of
     ``x``'s, in the dtype of ``x``."""
     if gradient.is_cuda and gradient.dim() == 4 and not dispatch.is_batched(factor):
-        return torch.ops.safr_fast.scaled(gradient, factor, x.shape[1], x.dtype)
-    factor = factor.reshape(*factor.shape, *(1,) * (gradient.dim() - 2))
+        return torch.ops.safr_fast.scaled(gradient, factor.expand(gradient.shape[:2]), x.shape[1], x.dtype)
+    factor = _along(gradient, factor)
     if gradient.shape == x.shape:
         if gradient.dtype == x.dtype == factor.dtype or dispatch.is_batched(factor):
             return (gradient * factor).to(x.dtype)
@@ -164,17 +203,20 @@ def interaction(
     mask: Tensor | None,
     squared: bool,
     exclude_diagonal: bool,
+    reduction: str,
     impl: dispatch.Impl,
     workspace_bytes: int | None,
 ) -> Tensor:
-    """``(B, H)`` pair sums of a checked ``attention`` ``(B, H, T, T)``."""
+    """Loss of a checked ``attention`` ``(B, H, T, T)``: of all, or ``(B, H)`` where ``reduction`` is "none"."""
     chosen = dispatch.choose(impl, attention, mask)
+    if chosen != "reference" and is_differentiated(attention):
+        return Interaction.apply(attention, mask, squared, exclude_diagonal, reduction, chosen, workspace_bytes)
     if chosen == "reference":
-        return reference.interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
-    if is_differentiated(attention):
-        return Interaction.apply(attention, mask, squared, exclude_diagonal, chosen, workspace_bytes)
-    options = (squared, exclude_diagonal, False, chosen, workspace_bytes)
-    return torch.ops.safr_fast.interaction(attention, mask, *options)[0]
+        total = reference.interaction_total(attention, mask, squared=squared, exclude_diagonal=exclude_diagonal)
+    else:
+        options = (squared, exclude_diagonal, False, chosen, workspace_bytes)
+        total = torch.ops.safr_fast.interaction(attention, mask, *options)[0]
+    return _reduce(total, _divisor(total, mask, None, attention.shape[-1], reduction), reduction)
 
 
 def interaction_from_qk(
@@ -186,15 +228,19 @@ def interaction_from_qk(
     is_causal: bool,
     squared: bool,
     exclude_diagonal: bool,
+    reduction: str,
     impl: dispatch.Impl,
     workspace_bytes: int | None,
     max_seqlen: int | None,
 ) -> Tensor:
-    """``(B, H)`` pair sums of checked queries and keys; ``(S, H)`` of packed ones."""
+    """The same of checked queries and keys; ``(S, H)`` of packed ones where ``reduction`` is "none"."""
     chosen = dispatch.choose(impl, q, k, mask, cu_seqlens)
+    formula = (scale, is_causal, squared, exclude_diagonal)
+    if chosen != "reference" and is_differentiated(q, k):
+        return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, reduction, chosen, workspace_bytes, max_seqlen)
     if chosen == "reference":
         arguments.check_offsets(cu_seqlens, q.shape[0], max_seqlen=max_seqlen)
-        return reference.interaction_total_from_qk(
+        total = reference.interaction_total_from_qk(
             q,
             k,
             mask,
@@ -204,8 +250,7 @@ def interaction_from_qk(
             squared=squared,
             exclude_diagonal=exclude_diagonal,
         )
-    formula = (scale, is_causal, squared, exclude_diagonal)
-    if is_differentiated(q, k):
-        return InteractionFromQK.apply(q, k, mask, cu_seqlens, *formula, chosen, workspace_bytes, max_seqlen)
-    options = (*formula, False, chosen, workspace_bytes, max_seqlen)
-    return torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *options)[0]
+    else:
+        options = (*formula, False, chosen, workspace_bytes, max_seqlen)
+        total = torch.ops.safr_fast.interaction_from_qk(q, k, mask, cu_seqlens, *options)[0]
+    return _reduce(total, _divisor(total, mask, cu_seqlens, q.shape[-2], reduction), reduction)
