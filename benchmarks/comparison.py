@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,8 +16,9 @@ from torch import Tensor
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
 WRONG = 5e-2
 SECONDS_A_CASE = 3.0
-PATIENCE = 3.0  # seconds that a case's disturbed calls may take again
-PATIENCE_ONCE = 30.0  # the same of a rate that the whole run is held against
+LONG = 1.5  # seconds of a round, from which on first calls count as one, so that the run ends in time
+PATIENCE = 1.5  # seconds that a case's disturbed calls may take again
+PATIENCE_ONCE = 10.0  # the same of a rate that the whole run is held against
 ROUNDS = 3, 25  # at least, at most
 
 Loss = Callable[..., Tensor]
@@ -73,17 +73,18 @@ class Provider:
         found = given or (self.results or self.step)()
         return max(relative_error(r, e) for r, e in zip(found, self.expected, strict=True))
 
-    def first_calls(self) -> tuple[Measured, float]:
-        """Its error and memory, from as few calls as tell them, since long cases take minutes; seconds of the last."""
+    def first_calls(self) -> tuple[Measured, float, float]:
+        """Its error and memory, from as few calls as tell them, since long cases take minutes; seconds of the last, and
+        how fast the processor was beside it."""
         found: list[Tensor] = []
+        watch = Stopwatch(patience=0)
         if self.warm_up:
             self.run()
-        start = time.perf_counter()
-        peak = peak_beyond_now(lambda: found.extend(self.run()))
+        took: list[float] = []
+        peak = peak_beyond_now(lambda: took.append(watch.seconds(lambda: found.extend(self.run()))))
         if not found:  # where the system does not tell its memory
-            found.extend(self.run())
-        seconds = time.perf_counter() - start
-        return Measured(self.error(() if self.results else found), peak), seconds
+            took.append(watch.seconds(lambda: found.extend(self.run())))
+        return Measured(self.error(() if self.results else found), peak), took[0], watch.rate
 
 
 def gradients(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -168,12 +169,11 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
     measured: dict[str, Measured] = {}
     seconds: dict[str, list[float]] = {}
     rates: dict[str, list[float]] = {}
-    once = 0.0
     for provider in providers:
-        measured[provider.name], last = provider.first_calls()
+        measured[provider.name], last, rate = provider.first_calls()
         if measured[provider.name].error < WRONG:
-            seconds[provider.name], rates[provider.name] = [], []
-            once += last
+            seconds[provider.name], rates[provider.name] = [last], [rate]
+    once = sum(last for [last] in seconds.values())
     subject = providers[0]
     assert subject.name in seconds, f"{subject.name} is wrong: error {measured[subject.name].error:.1e}"
     timed = [provider for provider in providers if provider.name in seconds]
@@ -185,6 +185,11 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
             rates[provider.name].append(watch.rate)
 
     rounds = min(max(int(SECONDS_A_CASE / once), ROUNDS[0]), ROUNDS[1])
+    if once < LONG:
+        for own in (*seconds.values(), *rates.values()):
+            own.clear()
+    else:
+        rounds -= 1
     benchmark.pedantic(subject.run, setup=run_all, rounds=rounds)  # its own times are not used: they may be disturbed
 
     disturbed = []

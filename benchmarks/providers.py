@@ -10,6 +10,8 @@ from torch import Tensor
 
 import safr_fast as sf
 
+LONG = 2048  # tokens
+
 
 def precisions() -> tuple[str, ...]:
     """Those that differ in their float32 products: by splits into bfloat16 on AMX, at ``medium`` with AVX-512 BF16."""
@@ -43,15 +45,15 @@ def all_providers(
     """Forward and backward; the first is ours at ``highest``. What is rounded to bfloat16, where the machine multiplies
     it, is so before the oracle.
 
-    On more than one thread only the plain formula is a rival, to keep the run short. ``dynamic``: how it is compiled.
-    ``name``: of ours.
+    To keep the run short, only the plain formula is a rival on more than one thread, and at LONG lengths none that
+    rounds. ``dynamic``: how it is compiled. ``name``: of ours.
     """
     exact = exact_gradients(plain, inputs)
     one_thread = torch.get_num_threads() == 1
+    rounds_too = inputs[0].shape[-2] < LONG
 
     def provider(title: str, loss: Loss, precision: str = "highest") -> Provider:
-        warm_up = loss is not plain or precision != "highest"
-        return Provider(title, lambda: gradients(loss, inputs), exact, precision, warm_up=warm_up)
+        return Provider(title, lambda: gradients(loss, inputs), exact, precision, warm_up=loss is not plain)
 
     providers = [provider(f"{name} {precision}", ours, precision) for precision in precisions()]
     providers.append(provider("eager", plain))
@@ -59,10 +61,11 @@ def all_providers(
         rounded = [x.bfloat16() for x in inputs]
         exact_of_rounded = exact_gradients(plain, rounded)
         providers.append(Provider(f"{name} bfloat16", lambda: gradients(ours, rounded), exact_of_rounded))
-        if one_thread:
+        if one_thread and rounds_too:
             providers.append(Provider("eager bfloat16", lambda: gradients(plain, rounded), exact_of_rounded))
     if one_thread:
-        providers += [provider(f"eager {p}", plain, p) for p in precisions()[1:] if own_precision(p) == p]
+        if rounds_too:
+            providers += [provider(f"eager {p}", plain, p) for p in precisions()[1:] if own_precision(p) == p]
         providers.append(provider("compiled", compiled(plain, dynamic)))
         if algebra is not None:
             providers.append(provider("algebra compiled", compiled(algebra)))

@@ -143,6 +143,20 @@ void bind_interaction(py::module_& m) {
       py::arg("tokens"), py::arg("width"), py::arg("mask"), py::arg("cu_seqlens"), py::arg("scale"),
       py::arg("causal"), py::arg("squared"), py::arg("exclude_diagonal"), py::arg("precision"), py::arg("threads"),
       py::arg("total"), py::arg("grad_q"), py::arg("grad_k"));
+  m.def(
+      "scale_gradients",
+      [](Address gradients, int dtype, const std::array<int64_t, 3>& shape, const Strided& factor, int64_t group,
+         int threads, Address out, int out_dtype) {
+        const Kernels& table = kernels();
+        const py::gil_scoped_release release;
+        const TokenArray factors = token_array(factor);
+        scale_gradients(table, threads,
+                        {pointer<const void>(gradients), Dtype(dtype), shape[0], shape[1], shape[2], factors.data,
+                         factors.sample_stride, factors.token_stride},
+                        group, Dtype(out_dtype), pointer<void>(out));
+      },
+      py::kw_only(), py::arg("gradients"), py::arg("dtype"), py::arg("shape"), py::arg("factor"), py::arg("group"),
+      py::arg("threads"), py::arg("out"), py::arg("out_dtype"));
 }
 
 // a (m × k) · b (k × n), both float32 with rows close together, as the algorithms multiply. For tests and measurements.

@@ -350,4 +350,44 @@ void interaction_from_qk(const Kernels& kernels, Precision precision, int thread
   });
 }
 
+void scale_gradients(const Kernels& kernels, int threads, const HeadGradients& g, int64_t group, Dtype dtype,
+                     void* out) {
+  constexpr int64_t piece = 4096, task_numbers = 1 << 16;
+  const int64_t shared = g.heads / group, pieces = divide_up(g.size, piece), total = g.samples * shared * pieces;
+  const int64_t at_once = task_numbers / std::max<int64_t>(1, std::min(g.size, piece));
+  parallel_for(kernels, threads, divide_up(total, at_once), [&](int64_t task) {
+    Workspace& own = Workspace::own();
+    const Workspace::Mark mark(own);
+    float* wide = own.take<float>(piece);
+    float* sum = own.take<float>(piece);
+    const Range indices = block(task, at_once, total);
+    for (int64_t index = indices.begin; index < indices.end; ++index) {
+      const int64_t place = index / pieces, sample = place / shared;
+      const Range part = block(index % pieces, piece, g.size);
+      const auto factor = [&](int64_t head) {
+        return g.factor[sample * g.factor_sample_stride + head * g.factor_head_stride];
+      };
+      const auto numbers = [&](int64_t head) {
+        const int64_t first = (sample * g.heads + head) * g.size + part.begin;
+        const void* data = static_cast<const char*>(g.data) + first * element_size(g.dtype);
+        if (g.dtype == Dtype::float32) return static_cast<const float*>(data);
+        kernels.elementwise->widen(data, g.dtype, part.size(), wide);
+        return static_cast<const float*>(wide);
+      };
+      char* target = static_cast<char*>(out) + (place * g.size + part.begin) * element_size(dtype);
+      const int64_t head = place % shared * group;
+      if (group == 1) {
+        kernels.elementwise->narrow(numbers(head), factor(head), part.size(), dtype, target);
+        continue;
+      }
+      std::fill(sum, sum + part.size(), 0.0f);
+      for (int64_t member = head; member < head + group; ++member) {
+        const float* x = numbers(member);
+        for (int64_t i = 0; i < part.size(); ++i) sum[i] += factor(member) * x[i];
+      }
+      kernels.elementwise->narrow(sum, 1.0f, part.size(), dtype, target);
+    }
+  });
+}
+
 }  // namespace safr

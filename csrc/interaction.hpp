@@ -29,4 +29,18 @@ void interaction_from_qk(const Kernels& kernels, Precision precision, int thread
                          int64_t heads, int64_t group, int64_t width, const Layout& layout, float scale, bool causal,
                          Formula formula, float* total, float* grad_q, float* grad_k);
 
+// Gradients of `samples` × `heads` matrices of `size` numbers each, close together, and the factor of each.
+struct HeadGradients {
+  const void* data;
+  Dtype dtype;
+  int64_t samples, heads, size;
+  const float* factor;
+  int64_t factor_sample_stride, factor_head_stride;
+};
+
+// out (samples, heads / group, size) = factor · gradient, summed over the `group` heads that share one. In place where
+// group is 1 and the dtype the same.
+void scale_gradients(const Kernels& kernels, int threads, const HeadGradients& gradients, int64_t group, Dtype dtype,
+                     void* out);
+
 }  // namespace safr

@@ -3,7 +3,6 @@
 PyTorch multiplies by a factor that is one number for many elements by reading one element at a time.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,12 +28,11 @@ def scaled_kernel(
     tl.store(out_ptr + shared * size + at, total, mask=at < size)
 
 
-def scaled(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    batch, H, *matrix = gradient.shape
-    out = gradient.new_empty(batch, heads, *matrix, dtype=dtype)
+def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+    """``out`` ``(B, heads, …)`` is ``gradient`` ``(B, H, …)`` of each head times ``factor`` ``(B, H)``, summed over
+    those that share one of ``out``'s; or ``gradient`` itself, of which each program writes what it has read."""
     if out.numel() > 0:
-        size = out.shape[2:].numel()
-        scaled_kernel[(batch * heads * cdiv(size, BLOCK),)](
+        (B, heads), H, size = out.shape[:2], gradient.shape[1], out.shape[2:].numel()
+        scaled_kernel[(B * heads * cdiv(size, BLOCK),)](
             gradient, factor, out, size, H, *factor.stride(), GROUP=H // heads, BLOCK=BLOCK, num_warps=8
         )
-    return out

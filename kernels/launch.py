@@ -16,7 +16,7 @@ __all__ = [
     "moment_slots",
     "row_energy",
     "row_energy_backward",
-    "scaled",
+    "scale",
     "unavailable_reason",
 ]
 
@@ -135,13 +135,11 @@ def interaction_from_qk(
         return tuned(lambda: launch(q, k, cu_seqlens, *form, max_seqlen), q, _tokens(q, cu_seqlens))
 
 
-def scaled(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """``gradient`` ``(B, H, …)`` of each head times ``factor`` ``(B, H)``, summed over those that share one of
-    ``heads``."""
+def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     from . import gradient_scale
 
     with torch.cuda.device_of(gradient):
-        return gradient_scale.scaled(gradient, factor, heads, dtype)
+        gradient_scale.scale(gradient, factor, out)
 
 
 def _tokens(h: Tensor, cu_seqlens: Tensor | None) -> int:

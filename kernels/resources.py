@@ -165,7 +165,7 @@ def launch_everything(dtype: Any, all_kernels: bool) -> None:
     interaction_launch.from_attention(empty(4, 8, tokens, tokens), short_mask, True, True, True)
     for heads in (8, 2):
         gradient = empty(4, 8, 1024, 64, dtype=torch.float32)
-        gradient_scale.scaled(gradient, empty(4, 8, dtype=torch.float32), heads, dtype)
+        gradient_scale.scale(gradient, empty(4, 8, dtype=torch.float32), empty(4, heads, 1024, 64))
     importance(empty(2048, 512), None, cu_seqlens)
     importance(empty(4, 1024, 100), mask, None)
     importance(empty(4, 256, 200), None, None)

@@ -152,11 +152,13 @@ def test_inputs_are_left_alone(name: str, backend: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@every_backend(fused=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradient_takes_the_memory_of_what_was_saved_for_it(dtype: torch.dtype) -> None:
+def test_gradient_takes_the_memory_of_what_was_saved_for_it(dtype: torch.dtype, backend: str) -> None:
     """Where the graph is freed: the attention's is as large as what the plain formula is avoided for."""
-    attention = normal(2, 3, TOKENS, TOKENS).softmax(-1).to(dtype).requires_grad_()
-    with forced("cpp") as impl:
+    skip_unless_served(backend, dtype)
+    attention = normal(2, 3, TOKENS, TOKENS, device=device_of(backend)).softmax(-1).to(dtype).requires_grad_()
+    with forced(backend) as impl:
         loss = sf.interaction_loss(attention, impl=impl)
         saved = loss.grad_fn.saved_tensors[1]
         before = saved.clone()
@@ -165,6 +167,39 @@ def test_gradient_takes_the_memory_of_what_was_saved_for_it(dtype: torch.dtype) 
         (last,) = torch.autograd.grad(loss, attention)
     assert last.data_ptr() == saved.data_ptr()
     assert torch.equal(last, kept)
+
+
+@every_backend(fused=True)
+@pytest.mark.parametrize("heads", [6, 2])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_gradient_is_scaled_by_what_arrives_for_each_head(
+    heads: int, dtype: torch.dtype, out_dtype: torch.dtype, backend: str
+) -> None:
+    """Also where the factor has no memory of its own for each head, and a head's numbers end within a block."""
+    skip_unless_served(backend, out_dtype)
+    device = device_of(backend)
+    gradient = normal(2, 6, 75, 70, dtype=dtype, device=device)
+    own, common = normal(2, 6, seed=1, device=device), normal(1, 6, seed=1, device=device).expand(2, 6)
+    scaled = torch.ops.safr_fast.scaled
+    with forced(backend) as impl:
+        for factor in (own, own.mT.contiguous().mT, common):
+            expected = (gradient.double() * factor[:, :, None, None]).reshape(2, heads, 6 // heads, 75, 70).sum(2)
+            actual = scaled(gradient, factor, heads, out_dtype, impl)
+            torch.testing.assert_close(actual, expected.to(out_dtype))
+            if heads == 6 and dtype == out_dtype:
+                in_place = gradient.clone()
+                torch.ops.safr_fast.scale_(in_place, factor, impl)
+                assert torch.equal(in_place, actual)
+        assert scaled(gradient[:0], own[:0], heads, out_dtype, impl).shape == (0, heads, 75, 70)
 
 
 @every_backend()

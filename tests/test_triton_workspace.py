@@ -139,20 +139,6 @@ def test_planes_add_up_to_the_matrices_that_they_split(
     assert 0 < max(errors) <= rounding
 
 
-@pytest.mark.parametrize("heads", [6, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_gradient_is_scaled_by_what_arrives_for_each_head(heads: int, dtype: torch.dtype) -> None:
-    """Also where the factor has no memory of its own for each head, and a head's numbers end within a block."""
-    from safr_fast.kernels import launch
-
-    gradient = normal(2, 6, 75, 70, device=DEVICE)
-    own, common = normal(2, 6, seed=1, device=DEVICE), normal(1, 6, seed=1, device=DEVICE).expand(2, 6)
-    for factor in (own, own.mT.contiguous().mT, common):
-        expected = (gradient.double() * factor[:, :, None, None]).reshape(2, heads, 6 // heads, 75, 70).sum(2)
-        torch.testing.assert_close(launch.scaled(gradient, factor, heads, dtype), expected.to(dtype))
-    assert launch.scaled(gradient[:0], own[:0], heads, dtype).shape == (0, heads, 75, 70)
-
-
 @pytest.mark.parametrize("cu_seqlens", [[-9, 40, 20, 2**31 - 1], [300, 310], [60, 90]], ids=str)
 def test_offsets_that_make_no_sense_reach_no_other_memory(cu_seqlens: list[int]) -> None:
     """They are clamped: to check them would mean waiting for the device. What lies around the tokens is NaN here."""

@@ -248,6 +248,22 @@ def interaction(
     return total, grad
 
 
+def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+    """``out`` ``(B, heads, …)`` is ``gradient`` ``(B, H, …)`` of each head times ``factor`` ``(B, H)``, summed over
+    those that share one of ``out``'s; or ``gradient`` itself."""
+    B, H = gradient.shape[:2]
+    _cpu.scale_gradients(
+        gradients=gradient.data_ptr(),
+        dtype=_DTYPES[gradient.dtype],
+        shape=(B, H, gradient.shape[2:].numel()),
+        factor=_strided(factor),
+        group=max(1, H // max(1, out.shape[1])),
+        threads=torch.get_num_threads(),
+        out=out.data_ptr(),
+        out_dtype=_DTYPES[out.dtype],
+    )
+
+
 def interaction_from_qk(
     q: Tensor,
     k: Tensor,

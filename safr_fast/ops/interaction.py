@@ -25,7 +25,8 @@ _library.define(
     " bool squared, bool exclude_diagonal, bool need_grad, str impl, int? workspace_bytes=None,"
     " SymInt? max_seqlen=None) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("scaled(Tensor gradient, Tensor factor, SymInt heads, ScalarType dtype) -> Tensor")
+_library.define("scaled(Tensor gradient, Tensor factor, SymInt heads, ScalarType dtype, str impl) -> Tensor")
+_library.define("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()")
 
 
 def _from_attention(
@@ -59,12 +60,23 @@ def _from_qk(
     )
 
 
-def _scaled_by_triton(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    return dispatch.module("triton").scaled(gradient, factor, heads, dtype)
+def _scaled(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype, impl: str) -> Tensor:
+    out = _unscaled(gradient, heads, dtype)
+    dispatch.module(impl).scale(gradient, factor, out)
+    return out
 
 
-_library.impl("scaled", _scaled_by_triton, "CUDA")
+def _unscaled(gradient: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], heads, *gradient.shape[2:], dtype=dtype)
+
+
+def _scale_in_place(gradient: Tensor, factor: Tensor, impl: str) -> None:
+    dispatch.module(impl).scale(gradient, factor, gradient)
+
+
 for _device in ("CPU", "CUDA"):
+    _library.impl("scaled", _scaled, _device)
+    _library.impl("scale_", _scale_in_place, _device)
     _library.impl("interaction", _from_attention, _device)
     _library.impl("interaction_from_qk", _from_qk, _device)
 
@@ -89,8 +101,13 @@ def _(
 
 
 @library.register_fake("safr_fast::scaled")
-def _(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    return gradient.new_empty(gradient.shape[0], heads, *gradient.shape[2:], dtype=dtype)
+def _(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype, impl: str) -> Tensor:
+    return _unscaled(gradient, heads, dtype)
+
+
+@library.register_fake("safr_fast::scale_")
+def _(gradient: Tensor, factor: Tensor, impl: str) -> None:
+    return None
 
 
 class _Divisor(NamedTuple):
@@ -134,14 +151,14 @@ class Interaction(torch.autograd.Function):
         )
         divisor = _divisor(total, mask, None, attention.shape[-1], reduction)
         ctx.save_for_backward(attention, gradient, divisor.of_samples)
-        ctx.of_all = divisor.of_all
+        ctx.of_all, ctx.impl = divisor.of_all, impl
         return _reduce(total, divisor, reduction)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         attention, gradient, of_samples = ctx.saved_tensors
         factor = _Divisor(of_samples, ctx.of_all).divide(grad_loss)
-        return _gradient(gradient, factor, attention), *(None,) * 6
+        return _gradient(ctx.impl, gradient, factor, attention), *(None,) * 6
 
 
 class InteractionFromQK(torch.autograd.Function):
@@ -155,7 +172,7 @@ class InteractionFromQK(torch.autograd.Function):
         )
         divisor = _divisor(total, mask, cu_seqlens, q.shape[-2], reduction)
         ctx.save_for_backward(q, k, cu_seqlens, grad_q, grad_k, divisor.of_samples)
-        ctx.of_all = divisor.of_all
+        ctx.of_all, ctx.impl = divisor.of_all, impl
         return _reduce(total, divisor, reduction)
 
     @staticmethod
@@ -166,36 +183,29 @@ class InteractionFromQK(torch.autograd.Function):
             segment = reference.segment_ids(cu_seqlens, q.shape[0])
             # tokens past the last sequence find the row of zeros below it
             factor = torch.nn.functional.pad(factor, (0, 0, 0, 1))[segment]  # (N, H) or (N, 1)
-        grad_q = _gradient(grad_q, factor, q, k) if ctx.needs_input_grad[0] else None
-        grad_k = _gradient(grad_k, factor, k, q) if ctx.needs_input_grad[1] else None
+        grad_q = _gradient(ctx.impl, grad_q, factor, q, k) if ctx.needs_input_grad[0] else None
+        grad_k = _gradient(ctx.impl, grad_k, factor, k, q) if ctx.needs_input_grad[1] else None
         return grad_q, grad_k, *(None,) * 10
 
 
-def _gradient(bare: Tensor, factor: Tensor, x: Tensor, *others: Tensor) -> Tensor:
-    """By ``x``; it depends on the ``others`` too, which is what they are here for."""
-    alike = bare.shape == x.shape and bare.dtype == x.dtype and bare.device.type == "cpu"
-    if alike and frees_what_it_used() and not dispatch.is_batched(factor):
-        return bare.mul_(_along(bare, factor))
-    return first_derivative("the interaction", _scaled, bare, factor, x, *others)
+def _gradient(impl: str, bare: Tensor, factor: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+    """``bare`` times ``factor``, which is one number or one for each of its first two dimensions, by ``x``; it depends
+    on the ``others`` too, which is what they are here for."""
+    fused = not dispatch.is_batched(factor) and (bare.dim() == 4 or impl == "cpp")  # Triton: packed rows are too short
+    if fused and bare.shape == x.shape and bare.dtype == x.dtype and frees_what_it_used():
+        torch.ops.safr_fast.scale_(bare, factor.expand(bare.shape[:2]), impl)
+        return bare
+    return first_derivative("the interaction", _scaled_sum, fused, impl, bare, factor, x, *others)
 
 
-def _along(gradient: Tensor, factor: Tensor) -> Tensor:
-    """``factor``, one number or one for each of the first two dimensions, so that it multiplies ``gradient``."""
-    return factor.reshape(*factor.shape, *(1,) * (gradient.dim() - factor.dim()))
-
-
-def _scaled(gradient: Tensor, factor: Tensor, x: Tensor, *_: Tensor) -> Tensor:
-    """``gradient`` times ``factor``, of samples (or packed tokens) and heads, summed over the heads that share one of
-    ``x``'s, in the dtype of ``x``."""
-    if gradient.is_cuda and gradient.dim() == 4 and not dispatch.is_batched(factor):
-        return torch.ops.safr_fast.scaled(gradient, factor.expand(gradient.shape[:2]), x.shape[1], x.dtype)
-    factor = _along(gradient, factor)
-    if gradient.shape == x.shape:
-        if gradient.dtype == x.dtype == factor.dtype or dispatch.is_batched(factor):
-            return (gradient * factor).to(x.dtype)
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))  # in one launch
-    shared = x.shape[0], x.shape[1], gradient.shape[1] // x.shape[1], *x.shape[2:]
-    return (gradient * factor).reshape(shared).sum(2).to(x.dtype)
+def _scaled_sum(fused: bool, impl: str, gradient: Tensor, factor: Tensor, x: Tensor, *_: Tensor) -> Tensor:
+    """``gradient`` times ``factor``, summed over the heads that share one of ``x``'s, in the dtype of ``x``."""
+    if fused:
+        return torch.ops.safr_fast.scaled(gradient, factor.expand(gradient.shape[:2]), x.shape[1], x.dtype, impl)
+    scaled = gradient * factor.reshape(*factor.shape, *(1,) * (gradient.dim() - factor.dim()))
+    if gradient.shape != x.shape:
+        scaled = scaled.reshape(x.shape[0], x.shape[1], gradient.shape[1] // x.shape[1], *x.shape[2:]).sum(2)
+    return scaled.to(x.dtype)
 
 
 def interaction(
