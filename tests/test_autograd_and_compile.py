@@ -394,6 +394,9 @@ def test_opcheck_interaction(backend: str, need_grad: bool) -> None:
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
         cu_seqlens = offsets([q.shape[2]] * q.shape[0], device)
         library.opcheck(ops.interaction_from_qk.default, (*tokens, None, cu_seqlens, *form, None, q.shape[2]))
+        factor = torch.ones(q.shape[:2], device=device)
+        library.opcheck(ops.scaled.default, (q, factor, 1, torch.bfloat16, impl))
+        library.opcheck(ops.scale_.default, (q.clone(), factor, impl))
 
 
 @every_backend()
