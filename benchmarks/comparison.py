@@ -16,7 +16,7 @@ from torch import Tensor
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
 WRONG = 5e-2
 SECONDS_A_CASE = 3.0
-LONG = 1.5  # seconds of a round, from which on first calls count as one, so that the run ends in time
+SLOW = 1.5  # seconds of a round, from which on first calls count as one, so that the run ends in time
 PATIENCE = 1.5  # seconds that a case's disturbed calls may take again
 PATIENCE_ONCE = 10.0  # the same of a rate that the whole run is held against
 ROUNDS = 3, 25  # at least, at most
@@ -185,7 +185,7 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
             rates[provider.name].append(watch.rate)
 
     rounds = min(max(int(SECONDS_A_CASE / once), ROUNDS[0]), ROUNDS[1])
-    if once < LONG:
+    if once < SLOW:
         for own in (*seconds.values(), *rates.values()):
             own.clear()
     else:

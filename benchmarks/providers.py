@@ -10,7 +10,7 @@ from torch import Tensor
 
 import safr_fast as sf
 
-LONG = 2048  # tokens
+ROUNDING_RIVALS_BELOW = 2048  # tokens, so that the run ends in time
 
 
 def precisions() -> tuple[str, ...]:
@@ -45,12 +45,12 @@ def all_providers(
     """Forward and backward; the first is ours at ``highest``. What is rounded to bfloat16, where the machine multiplies
     it, is so before the oracle.
 
-    To keep the run short, only the plain formula is a rival on more than one thread, and at LONG lengths none that
-    rounds. ``dynamic``: how it is compiled. ``name``: of ours.
+    On more than one thread only the plain formula is a rival, so that the run ends in time. ``dynamic``: how it is
+    compiled. ``name``: of ours.
     """
     exact = exact_gradients(plain, inputs)
     one_thread = torch.get_num_threads() == 1
-    rounds_too = inputs[0].shape[-2] < LONG
+    rounding_rivals = inputs[0].shape[-2] < ROUNDING_RIVALS_BELOW
 
     def provider(title: str, loss: Loss, precision: str = "highest") -> Provider:
         return Provider(title, lambda: gradients(loss, inputs), exact, precision, warm_up=loss is not plain)
@@ -61,10 +61,10 @@ def all_providers(
         rounded = [x.bfloat16() for x in inputs]
         exact_of_rounded = exact_gradients(plain, rounded)
         providers.append(Provider(f"{name} bfloat16", lambda: gradients(ours, rounded), exact_of_rounded))
-        if one_thread and rounds_too:
+        if one_thread and rounding_rivals:
             providers.append(Provider("eager bfloat16", lambda: gradients(plain, rounded), exact_of_rounded))
     if one_thread:
-        if rounds_too:
+        if rounding_rivals:
             providers += [provider(f"eager {p}", plain, p) for p in precisions()[1:] if own_precision(p) == p]
         providers.append(provider("compiled", compiled(plain, dynamic)))
         if algebra is not None:

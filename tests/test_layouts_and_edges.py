@@ -195,6 +195,7 @@ def test_a_gradient_is_scaled_by_what_arrives_for_each_head(
             expected = (gradient.double() * factor[:, :, None, None]).reshape(2, heads, 6 // heads, 75, 70).sum(2)
             actual = scaled(gradient, factor, heads, out_dtype, impl)
             torch.testing.assert_close(actual, expected.to(out_dtype))
+            assert torch.equal(scaled(strided(gradient), factor, heads, out_dtype, impl), actual)
             if heads == 6 and dtype == out_dtype:
                 in_place = gradient.clone()
                 torch.ops.safr_fast.scale_(in_place, factor, impl)

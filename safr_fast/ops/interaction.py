@@ -62,7 +62,7 @@ def _from_qk(
 
 def _scaled(gradient: Tensor, factor: Tensor, heads: int, dtype: torch.dtype, impl: str) -> Tensor:
     out = _unscaled(gradient, heads, dtype)
-    dispatch.module(impl).scale(gradient, factor, out)
+    dispatch.module(impl).scale(gradient.contiguous(), factor, out)
     return out
 
 
@@ -192,7 +192,8 @@ def _gradient(impl: str, bare: Tensor, factor: Tensor, x: Tensor, *others: Tenso
     """``bare`` times ``factor``, which is one number or one for each of its first two dimensions, by ``x``; it depends
     on the ``others`` too, which is what they are here for."""
     fused = not dispatch.is_batched(factor) and (bare.dim() == 4 or impl == "cpp")  # Triton: packed rows are too short
-    if fused and bare.shape == x.shape and bare.dtype == x.dtype and frees_what_it_used():
+    alike = bare.shape == x.shape and bare.dtype == x.dtype and bare.is_contiguous()
+    if fused and alike and frees_what_it_used():
         torch.ops.safr_fast.scale_(bare, factor.expand(bare.shape[:2]), impl)
         return bare
     return first_derivative("the interaction", _scaled_sum, fused, impl, bare, factor, x, *others)
