@@ -4,6 +4,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 
 #include "cpu_features.hpp"
 #include "gemm.hpp"
@@ -187,8 +188,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("available_isas", &available_isas, "The levels that this machine can run, best first.");
   m.def("matmul", &matmul, py::arg("precision"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("repeats") = 1, py::arg("bfloat16") = false);
-  m.def("work", [] { return std::make_pair(work.multiply_adds.load(), work.packed_bytes.load()); },
-        "Multiply-adds of all products so far, and bytes of operands packed for them.");
+  m.def("work", [] {
+    return std::make_tuple(work.multiply_adds.load(), work.packed_bytes.load(), work.turned_bytes.load());
+  }, "Multiply-adds of all products so far, bytes of operands packed for them, and of packed panels turned.");
   m.def("set_home_process", &set_home_process, py::arg("pid"));
   bind_row_energy(m);
   bind_importance(m);

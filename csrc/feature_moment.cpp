@@ -22,9 +22,8 @@ void moment_of(const Tokens& t, Range all, const float* alpha, float* s, int64_t
   const Workspace::Mark mark(workspace);
   const Product& p = t.product;
   const int64_t strip = round_up(t.width >= kWide ? 256 : 64, p.nr), strips = divide_up(t.width, strip);
-  // Both operands are the same panels, or the left one's are the right one's turned.
-  const bool own = !alpha && p.own_tiles.whole, turned = !alpha && p.turn;
-  const int64_t left_strip = round_up(64, p.mr), left_strips = own || turned ? 0 : divide_up(t.width, left_strip);
+  const auto both = alpha ? std::nullopt : side_of_both(p);
+  const int64_t left_strip = round_up(64, p.mr), left_strips = both ? 0 : divide_up(t.width, left_strip);
   const int64_t budget = t.crew.shared() ? 1 << 20 : 1 << 18;  // bytes of an operand; waking a crew has its price
   const int64_t affordable = budget / (t.width * std::max(p.left_bytes, p.right_bytes)) / p.depth * p.depth;
   const int64_t chunk = std::max<int64_t>(p.depth, affordable);
@@ -45,18 +44,18 @@ void moment_of(const Tokens& t, Range all, const float* alpha, float* s, int64_t
       });
       weighted = {scaled, Dtype::float32, scaled_stride, 1, nullptr, nullptr};
     }
-    const Operand right(p, Side::right, workspace, t.width, ts.size());
+    const Operand right(p, both.value_or(Side::right), workspace, t.width, ts.size());
+    const View columns = right.side() == Side::left ? transposed(t.h) : t.h;
     std::optional<Operand> packed;
-    if (!own) packed.emplace(p, Side::left, workspace, t.width, ts.size());
-    const Operand& left = own ? right : *packed;
+    if (!both) packed.emplace(p, Side::left, workspace, t.width, ts.size());
+    const Operand& left = both ? right : *packed;
     t.crew.each(left_strips + strips, [&](int64_t index) {
       if (index < left_strips) {
         const Range rows = block(index, left_strip, t.width);
         left.pack(transposed(weighted), rows.begin, rows, {0, ts.size()}, alpha ? 0 : t0);
       } else {
         const Range cols = block(index - left_strips, strip, t.width);
-        right.pack(t.h, cols.begin, cols, {0, ts.size()}, t0);
-        if (turned) packed->turn(right, cols, {0, ts.size()});
+        right.pack(columns, cols.begin, cols, {0, ts.size()}, t0);
       }
     });
     t.crew.each(strips, [&](int64_t index) {

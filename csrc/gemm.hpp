@@ -82,18 +82,6 @@ class Operand {
     work.packed_bytes.fetch_add(elements * bytes(), std::memory_order_relaxed);
   }
 
-  // The same lines and k as `other`, of the other side and the same panels, has packed.
-  void turn(const Operand& other, Range to, Range ks) const {
-    int64_t bytes = 0;
-    for (int64_t k0 = ks.begin; k0 < ks.end; k0 += depth) {
-      const int64_t count = round_up(std::min(depth, ks.end - k0), product.k_unit);
-      const int64_t panel = to.begin / width(), size = round_up(to.size(), width()) * count * this->bytes();
-      product.turn(other.panel(k0, panel), size, data_ + offset(k0, panel));
-      bytes += size;
-    }
-    work.packed_bytes.fetch_add(bytes, std::memory_order_relaxed);
-  }
-
   // All of it, from the matrix's first line and k.
   void pack(const View& matrix, int64_t line, int64_t lines) const { pack(matrix, line, {0, lines}, {0, k}); }
 
@@ -120,6 +108,13 @@ class Operand {
   char* data_;
 };
 
+// The side that a matrix is packed as where that one packing serves both operands of its product with its own transpose.
+inline std::optional<Side> side_of_both(const Product& p) {
+  if (p.own_tiles.whole) return Side::right;
+  if (p.turn) return Side::left;
+  return std::nullopt;
+}
+
 // The columns of a right operand, block by block: packed once where all of it is small, else anew for each use.
 class ColumnBlocks {
  public:
@@ -133,17 +128,14 @@ class ColumnBlocks {
     // Bytes: of as many numbers where a number takes more than a float32's.
     const int64_t small = std::max<int64_t>(4 << 20, product.right_bytes << 20);
     if (cols * k * product.right_bytes > small) return;
-    shared_.emplace(product, Side::right, workspace, cols, k);
-    if (use == For::gram && product.turn) left_.emplace(product, Side::left, workspace, cols, k);
+    const auto both = use == For::gram ? side_of_both(product) : std::nullopt;
+    serves_both_ = both.has_value();
+    const Operand& shared = shared_.emplace(product, both.value_or(Side::right), workspace, cols, k);
+    const View lines = shared.side() == Side::left ? transposed(matrix) : matrix;
     const int64_t side = block_side(product);
     crew.each(divide_up(cols, side), [&](int64_t index) {
       const Range js = block(index, side, cols);
-      if (left_) {
-        left_->pack(transposed(matrix), js.begin, js, needed(js));
-        shared_->turn(*left_, js, needed(js));
-      } else {
-        shared_->pack(matrix, js.begin, js, needed(js));
-      }
+      shared.pack(lines, js.begin, js, needed(js));
     });
   }
 
@@ -152,8 +144,7 @@ class ColumnBlocks {
   // Calls body(left operand, rows of it) for rows of the matrix's transpose, those of a block, and the k in `ks`.
   template <typename Body>
   void with_rows(Range rows, Range ks, const Body& body) const {
-    if (shared_ && product_.own_tiles.whole) return body(*shared_, rows);
-    if (left_) return body(*left_, rows);
+    if (serves_both_) return body(*shared_, rows);
     Workspace& workspace = Workspace::own();
     const Workspace::Mark mark(workspace);
     const Operand left(product_, Side::left, workspace, rows.size(), k_);
@@ -176,36 +167,44 @@ class ColumnBlocks {
   const Product& product_;
   View matrix_;
   int64_t k_;
-  std::optional<Operand> shared_, left_;  // left_: the same lines, where tiles want them turned
+  std::optional<Operand> shared_;
+  bool serves_both_ = false;
 };
 
 constexpr int64_t kWhole = -(int64_t(1) << 62);
 
 // c = left[rows] · right[cols] summed over ks, added to c where `accumulate`. Ranges begin at panels, and at a multiple
-// of the depth; c has room for whole panels. `left` may be packed as a right operand where the product's own_tiles
-// exist. Tiles that lie below the diagonal are left out: those whose first row,
-// plus `below`, is not less than the end of their columns.
+// of the depth; c has room for whole panels. One side of both is enough, as side_of_both says. Tiles that lie below the
+// diagonal are left out: those whose first row, plus `below`, is not less than the end of their columns.
 inline void multiply(const Operand& left, Range rows, const Operand& right, Range cols, Range ks, float* c,
                      int64_t stride, bool accumulate = false, int64_t below = kWhole) {
   const Product& p = left.product;
   const Tiles& tiles = left.side() == Side::left ? p.tiles : p.own_tiles;
-  int64_t multiply_adds = 0;
+  Workspace& workspace = Workspace::own();
+  const Workspace::Mark mark(workspace);
+  char* turned = right.side() == Side::left ? workspace.take<char>(p.nr * right.padded(0) * p.right_bytes) : nullptr;
+  int64_t multiply_adds = 0, turned_bytes = 0;
   for (int64_t k0 = ks.begin; k0 < ks.end; k0 += left.depth) {
     const int64_t k = std::min(left.padded(k0), round_up(ks.end - k0, p.k_unit));
     const bool add = accumulate || k0 > ks.begin;
-    // A left panel stays in the first-level cache while the right ones pass by.
-    for (int64_t i = rows.begin; i < rows.end; i += tiles.rows) {
-      for (int64_t j = cols.begin; j < cols.end; j += p.nr) {
-        if (i + below >= j + p.nr) continue;
-        float* out = c + (i - rows.begin) * stride + j - cols.begin;
+    // A right panel stays in the first-level cache while the left ones pass by.
+    for (int64_t j = cols.begin; j < cols.end; j += p.nr) {
+      const void* panel = right.at(k0, j);
+      if (turned) {
+        p.turn(panel, p.nr * k * p.right_bytes, turned);
+        panel = turned;
+        turned_bytes += p.nr * k * p.right_bytes;
+      }
+      for (int64_t i = rows.begin; i < rows.end && i + below < j + p.nr; i += tiles.rows) {
         const bool half = tiles.right_half && i + below >= j + p.nr / 2;
         const Tile tile = half ? tiles.right_half : tiles.whole;
-        tile(k, left.at(k0, i), right.at(k0, j), out, stride, add);
+        tile(k, left.at(k0, i), panel, c + (i - rows.begin) * stride + j - cols.begin, stride, add);
         multiply_adds += tiles.rows * (half ? p.nr / 2 : p.nr) * k;
       }
     }
   }
   work.multiply_adds.fetch_add(multiply_adds, std::memory_order_relaxed);
+  work.turned_bytes.fetch_add(turned_bytes, std::memory_order_relaxed);
 }
 
 }  // namespace safr

@@ -42,7 +42,7 @@ struct Product {
   int k_unit;       // packed depth is k rounded up to a multiple of this, filled with zeros
   int left_bytes;   // bytes that one element of a packed left operand takes (splits included)
   int right_bytes;  // the same on the right
-  int depth;        // k that suits one call of tile: the left panel then stays in the first-level cache
+  int depth;        // k that suits one call of tile: the right panel then stays in the first-level cache
 
   // Packs a[row0 : row0 + m, k0 : k0 + k] into ceil(m / mr) panels, one behind the other, each
   // mr * round_up(k, k_unit) * left_bytes long; missing rows are zeros. out is aligned to 64 bytes.
@@ -55,7 +55,7 @@ struct Product {
   // `nr`. Null where that cannot be.
   Tiles own_tiles;
   // Makes packed panels of one side, whole k_units of them, those of the same lines and k on the other: a matrix times
-  // its own transpose is then read and split once. Null where own_tiles serve for that.
+  // its own transpose is then packed once, too. Null where own_tiles serve for that.
   void (*turn)(const void* panels, int64_t bytes, void* out);
 };
 

@@ -13,8 +13,8 @@ pytestmark = needs_cpp
 E, D, HEADS = 256, 64, 2
 
 
-def work(call: Callable[[], object]) -> tuple[int, int]:
-    """Multiply-adds, and bytes of packed operands."""
+def work(call: Callable[[], object]) -> tuple[int, int, int]:
+    """Multiply-adds, bytes of packed operands, and of packed panels turned for the other side."""
     from safr_fast import _cpu
 
     before = _cpu.work()
@@ -23,7 +23,8 @@ def work(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def row_energy_work(h: Tensor, counter: int = 0, **layout: Tensor) -> tuple[int, int]:
-    """Multiply-adds, or with ``counter`` 1 packed bytes, of a forward pass alone, and of a backward pass."""
+    """Multiply-adds, or with ``counter`` 1 packed bytes, or with 2 turned ones, of a forward pass alone, and of a
+    backward pass."""
     with torch.no_grad():
         forward = work(lambda: sf.row_energy(h, impl="cpp", **layout))
     leaf = h.requires_grad_()
@@ -64,9 +65,9 @@ def test_the_interaction_costs_half_a_gram_matrix_and_one_product(level: str, is
     # Where keys are hidden: T³/6 for the Gram matrix, T³/3 for M A, in steps of a block.
     gram, product = (T**3 / 6, T**3 / 3) if is_causal else (T**3 / 2, T**3)
     with forced(level):
-        both, _ = work(call)
+        both, _, _ = work(call)
         with torch.no_grad():
-            forward, _ = work(call)
+            forward, _, _ = work(call)
     spare = 1.6 if is_causal else 1.1
     assert HEADS * gram <= forward <= spare * HEADS * (gram + T * T * D)
     assert HEADS * (gram + product) <= both <= spare * HEADS * (gram + product + 3 * T * T * D)
@@ -80,8 +81,8 @@ def test_padding_costs_nothing(level: str) -> None:
     h, qk = normal(4, 300, 64), [normal(4, HEADS, 300, D, seed=seed) for seed in (0, 1)]
     with forced(level):
         assert row_energy_work(h.clone(), mask=mask) == row_energy_work(h[mask], cu_seqlens=offsets)
-        padded, _ = work(lambda: sf.interaction_loss_from_qk(*qk, mask, impl="cpp"))
-        packed, _ = work(
+        padded, *_ = work(lambda: sf.interaction_loss_from_qk(*qk, mask, impl="cpp"))
+        packed, *_ = work(
             lambda: sf.interaction_loss_from_qk(*(x.transpose(1, 2)[mask] for x in qk), cu_seqlens=offsets, impl="cpp")
         )
     assert padded == packed > 0
@@ -89,8 +90,12 @@ def test_padding_costs_nothing(level: str) -> None:
 
 def at_most(level: str, floats: float) -> float:
     """Bytes of operands that hold so many numbers."""
-    # AMX's are of three bfloat16 a number, and made for both sides of a Gram matrix.
-    return (12 if level.endswith("amx") else 4.4) * floats
+    return (6.2 if level.endswith("amx") else 4.4) * floats  # AMX's are of three bfloat16 a number
+
+
+def turns(T: int, side: int = 256) -> int:
+    """Columns of half a Gram matrix, once for each block of rows that they are multiplied with."""
+    return sum(T - first for first in range(0, T, side))
 
 
 @every_level
@@ -99,10 +104,14 @@ def test_row_energy_packs_each_operand_once(level: str, T: int) -> None:
     token = T < 512
     with forced(level):
         forward, backward = row_energy_work(normal(1, T, E), counter=1)
+        turned = row_energy_work(normal(1, T, E), counter=2)
     # Of h for G; for S and hᵀS'h, with half of S'.
     assert T * E * 4 <= forward <= at_most(level, T * E if token else 2 * T * E + E * E / 2)
     # Of h for G and M h, with M; for S_α (h and α h) and the products with S and S_α.
     assert T * E * 4 <= backward <= at_most(level, 2 * T * E + T * T if token else 3 * T * E + 2 * E * E)
+    # Panels of G are turned once for each block of rows that meets them, those of S once in all, where tiles need it.
+    both = level.endswith("amx")
+    assert turned == (both * 6 * turns(T) * E,) * 2 if token else turned == (both * 6 * T * E, 0)
 
 
 @every_level
@@ -111,10 +120,11 @@ def test_the_interaction_packs_each_operand_once(level: str, T: int) -> None:
     q, k = (normal(1, HEADS, T, D, seed=seed).requires_grad_() for seed in (0, 1))
     A = normal(1, HEADS, T, T).softmax(-1).requires_grad_()
     with forced(level):
-        _, from_a = work(lambda: sf.interaction_loss(A, impl="cpp"))
-        _, from_qk = work(lambda: sf.interaction_loss_from_qk(q, k, impl="cpp"))
+        _, from_a, turned = work(lambda: sf.interaction_loss(A, impl="cpp"))
+        _, from_qk, _ = work(lambda: sf.interaction_loss_from_qk(q, k, impl="cpp"))
         with torch.no_grad():
-            _, forward = work(lambda: sf.interaction_loss(A, impl="cpp"))
+            _, forward, _ = work(lambda: sf.interaction_loss(A, impl="cpp"))
+    assert turned == level.endswith("amx") * HEADS * 6 * turns(T) * T
     assert HEADS * T * T * 4 <= forward <= at_most(level, HEADS * T * T)  # A for A Aᵀ
     assert from_a <= at_most(level, HEADS * 3 * T * T)  # and M and A for M A
     assert from_qk <= at_most(level, HEADS * (5 * T * T + 4 * T * D))  # and ∂L/∂s twice; q and k twice

@@ -56,13 +56,28 @@ inline void split_rows(char* tile, const Pair& pair) {
   }
 }
 
+// Transposes words of 32 bits. Loads place the quarters of rows, so that half of the shuffles are spared, which all wait
+// for one port.
 inline void transpose_tile(const char* tile, char* out) {
-  __m512i rows[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + i * kTileRowBytes);
-  transpose(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(out + i * kTileRowBytes, rows[i]);
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const auto rows = [&](int i) {  // i, i + 4, i + 8 and i + 12
+      const char* p = tile + i * kTileRowBytes + quarter * 16;
+      const auto load = [&](int j) { return _mm_load_si128(reinterpret_cast<const __m128i*>(p + j * 4 * kTileRowBytes)); };
+      __m512i v = _mm512_castsi128_si512(load(0));
+      v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load(1));
+      v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load(2));
+      return _mm512_mask_broadcast_i32x4(v, 0xf000, load(3));
+    };
+    const __m512i v[4] = {rows(0), rows(1), rows(2), rows(3)};
+    const __m512i low[2] = {_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpacklo_epi32(v[2], v[3])};
+    const __m512i high[2] = {_mm512_unpackhi_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[2], v[3])};
+    char* target = out + quarter * 4 * kTileRowBytes;
+    _mm512_store_si512(target, _mm512_unpacklo_epi64(low[0], low[1]));
+    _mm512_store_si512(target + kTileRowBytes, _mm512_unpackhi_epi64(low[0], low[1]));
+    _mm512_store_si512(target + 2 * kTileRowBytes, _mm512_unpacklo_epi64(high[0], high[1]));
+    _mm512_store_si512(target + 3 * kTileRowBytes, _mm512_unpackhi_epi64(high[0], high[1]));
+  }
 }
 
 // A tile of a left panel is the transpose, in words of 32 bits, of the right panel's at the same place.
@@ -112,15 +127,17 @@ inline void pack_tiles(const View& v, Direction across, Direction depth, int64_t
   const bool along_depth = depth.stride == 1 && across.stride != 1;
   const int64_t panel_bytes = (k + kDepth - 1) / kDepth * block_bytes;
   with_operand(v, across, depth, [&](const auto& a) {
+    const bool turned = along_depth != Left;
+    alignas(64) char other_side[block_bytes];
     const auto pack_tile = [&](int64_t i, int64_t p) {
       char* block = static_cast<char*>(out) + i / kWidth * panel_bytes + p / kDepth * block_bytes;
-      char* tile = block + i % kWidth / 16 * kTileBytes;
+      char* place = block + i % kWidth / 16 * kTileBytes;
+      char* tile = turned ? other_side : place;
       if (along_depth)
         pack_lines<Parts>(a, first + i, n - i, k0 + p, k - p, tile);
       else
         pack_steps<Parts>(a, first + i, n - i, k0 + p, k - p, tile);
-      if (along_depth != Left)
-        for (int s = 0; s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes, tile + s * 2 * kTileBytes);
+      for (int s = 0; turned && s < Parts; ++s) transpose_tile(tile + s * 2 * kTileBytes, place + s * 2 * kTileBytes);
     };
     const int64_t width = round_up(n, kWidth);
     // Memory is read in its own order.
@@ -145,29 +162,29 @@ void pack_right_tiles(const View& b, int64_t k0, int64_t k, int64_t col0, int64_
 }
 
 // Tile registers: 0 to 3 are the sums, 4 and 5 hold a part of the left operand, 6 and 7 of the right one. Loads stand
-// just before the products that use them. Right panels pass by once for each left panel, and streaming loads keep them
+// just before the products that use them. Left panels pass by once for each right panel, and streaming loads keep them
 // from pushing it out of the first-level cache.
 inline void load_right(const char* right) {
-  _tile_stream_loadd(6, right, kTileRowBytes);
-  _tile_stream_loadd(7, right + kTileBytes, kTileRowBytes);
+  _tile_loadd(6, right, kTileRowBytes);
+  _tile_loadd(7, right + kTileBytes, kTileRowBytes);
 }
 
 // A new left part times the right part in registers.
 inline void multiply_left(const char* left) {
-  _tile_loadd(4, left, kTileRowBytes);
+  _tile_stream_loadd(4, left, kTileRowBytes);
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
-  _tile_loadd(5, left + kTileBytes, kTileRowBytes);
+  _tile_stream_loadd(5, left + kTileBytes, kTileRowBytes);
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
 }
 
 // The left part in registers times a new right part.
 inline void multiply_right(const char* right) {
-  _tile_stream_loadd(6, right, kTileRowBytes);
+  _tile_loadd(6, right, kTileRowBytes);
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(2, 5, 6);
-  _tile_stream_loadd(7, right + kTileBytes, kTileRowBytes);
+  _tile_loadd(7, right + kTileBytes, kTileRowBytes);
   _tile_dpbf16ps(1, 4, 7);
   _tile_dpbf16ps(3, 5, 7);
 }
@@ -210,10 +227,10 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
     _tile_zero(2);
     _tile_zero(3);
   }
-  // Products wait for the sums that they add to: those of the tile to the right, the likely next, are fetched meanwhile.
+  // Products wait for the sums that they add to: those of the tile below, the likely next, are fetched meanwhile.
   // Where none are added to, the lines that this tile will be stored in are.
   const int64_t blocks = k / kDepth, rows_a_block = blocks > 0 ? (kWidth + blocks - 1) / blocks : 0;
-  const char* next = reinterpret_cast<const char*>(accumulate ? c + kWidth : c);
+  const char* next = reinterpret_cast<const char*>(accumulate ? c + kWidth * ldc : c);
 
   const char* a = static_cast<const char*>(left);
   const char* b = static_cast<const char*>(right);
@@ -232,7 +249,7 @@ void multiply_panels(int64_t k, const void* left, const void* right, float* c, i
   settle_memory();
 }
 
-// Of three parts a left panel fills the first-level cache, whole: halves of 512 are faster than thirds that fit.
+// Of three parts a right panel fills the first-level cache, whole: halves of 512 are faster than thirds that fit.
 template <int Parts>
 constexpr Product amx_product = {
     kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, Parts == 1 ? 512 : 256, pack_left_tiles<Parts>,
