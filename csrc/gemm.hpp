@@ -108,7 +108,7 @@ class Operand {
   char* data_;
 };
 
-// The side that a matrix is packed as where that one packing serves both operands of its product with its own transpose.
+// The side that a matrix is packed as where one packing serves both operands of its product with its own transpose.
 inline std::optional<Side> side_of_both(const Product& p) {
   if (p.own_tiles.whole) return Side::right;
   if (p.turn) return Side::left;
@@ -173,9 +173,9 @@ class ColumnBlocks {
 
 constexpr int64_t kWhole = -(int64_t(1) << 62);
 
-// c = left[rows] · right[cols] summed over ks, added to c where `accumulate`. Ranges begin at panels, and at a multiple
-// of the depth; c has room for whole panels. One side of both is enough, as side_of_both says. Tiles that lie below the
-// diagonal are left out: those whose first row, plus `below`, is not less than the end of their columns.
+// c = left[rows] · right[cols] summed over ks, added to c where `accumulate`. Ranges begin at panels, and at a
+// multiple of the depth; c has room for whole panels. One side may stand for both, as side_of_both says. Tiles that lie
+// below the diagonal are left out: those whose first row, plus `below`, is not less than the end of their columns.
 inline void multiply(const Operand& left, Range rows, const Operand& right, Range cols, Range ks, float* c,
                      int64_t stride, bool accumulate = false, int64_t below = kWhole) {
   const Product& p = left.product;

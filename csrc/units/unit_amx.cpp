@@ -56,18 +56,17 @@ inline void split_rows(char* tile, const Pair& pair) {
   }
 }
 
-// Transposes words of 32 bits. Loads place the quarters of rows, so that half of the shuffles are spared, which all wait
-// for one port.
+// Transposes words of 32 bits. Loads place the quarters of rows: that spares half of the shuffles, which all wait for
+// one port.
 inline void transpose_tile(const char* tile, char* out) {
 #pragma GCC unroll 4
   for (int quarter = 0; quarter < 4; ++quarter) {
     const auto rows = [&](int i) {  // i, i + 4, i + 8 and i + 12
-      const char* p = tile + i * kTileRowBytes + quarter * 16;
-      const auto load = [&](int j) { return _mm_load_si128(reinterpret_cast<const __m128i*>(p + j * 4 * kTileRowBytes)); };
-      __m512i v = _mm512_castsi128_si512(load(0));
-      v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load(1));
-      v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load(2));
-      return _mm512_mask_broadcast_i32x4(v, 0xf000, load(3));
+      const __m128i* p = reinterpret_cast<const __m128i*>(tile + i * kTileRowBytes) + quarter;
+      __m512i v = _mm512_castsi128_si512(_mm_load_si128(p));
+      v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_load_si128(p + 16));
+      v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_load_si128(p + 32));
+      return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_load_si128(p + 48));
     };
     const __m512i v[4] = {rows(0), rows(1), rows(2), rows(3)};
     const __m512i low[2] = {_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpacklo_epi32(v[2], v[3])};

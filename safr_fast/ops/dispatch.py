@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from safr_fast.errors import BackendUnavailable
 
 Impl = Literal["auto", "reference", "cpp", "triton"]
+IMPLS: tuple[str, ...] = get_args(Impl)
 
 # Where each fused back end's functions live; imported when first needed, so that neither Triton nor the
 # extension is loaded by `import safr_fast`.
@@ -61,8 +62,8 @@ def available_backends() -> tuple[Backend, ...]:
 
 
 def check_impl(impl: str) -> None:
-    if not isinstance(impl, str) or impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+    if not isinstance(impl, str) or impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
 
 
 def choose(impl: str, differentiated: Tensor, *others: Tensor | None) -> str:
