@@ -1,6 +1,5 @@
 """One way of comparing: correct first, then timed side by side in one run; medians; the answer in ``extra_info``."""
 
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,7 +9,7 @@ from functools import cache, partial
 import torch
 from memory import peak_beyond_now
 from pytest_benchmark.fixture import BenchmarkFixture
-from quiet import Stopwatch, undisturbed
+from quiet import Stopwatch, undisturbed, usable_cpus
 from torch import Tensor
 
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
@@ -67,6 +66,10 @@ class Provider:
         with using_threads(self.threads or torch.get_num_threads()):
             return self.step()
 
+    def seconds(self, watch: Stopwatch, call: Callable[[], object] | None = None) -> float:
+        """Of a run, or of a ``call`` that runs it, on the processors that it uses."""
+        return watch.seconds(call or self.run, self.threads or torch.get_num_threads())
+
     def error(self, given: Sequence[Tensor] = ()) -> float:
         """Largest relative error, in the Euclidean norm, of what the step gives or, just now, has given."""
         torch.set_float32_matmul_precision(self.precision)
@@ -82,9 +85,9 @@ class Provider:
         if self.warm_up:
             self.run()
         took: list[float] = []
-        peak = peak_beyond_now(lambda: took.append(watch.seconds(lambda: found.extend(self.run()))))
+        peak = peak_beyond_now(lambda: took.append(self.seconds(watch, lambda: found.extend(self.run()))))
         if not found:  # where the system does not tell its memory
-            took.append(watch.seconds(lambda: found.extend(self.run())))
+            took.append(self.seconds(watch, lambda: found.extend(self.run())))
         return Measured(self.error(() if self.results else found), peak), took[0], watch.rate
 
 
@@ -118,10 +121,6 @@ def every_processor() -> AbstractContextManager[None]:
     return using_threads(len(usable_cpus()))
 
 
-def usable_cpus() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
 def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected).norm() / expected.norm()).item()
 
@@ -132,7 +131,7 @@ def matmul_gflops(threads: int, side: int = 1024) -> float:
     a, b = (torch.randn(side, side) for _ in range(2))
     watch = Stopwatch(PATIENCE_ONCE)
     with using_threads(threads):
-        median = watch.median(lambda: torch.mm(a, b), 15)
+        median = watch.median(lambda: torch.mm(a, b), 15, threads)
     return 2 * side**3 / median / 1e9
 
 
@@ -182,7 +181,7 @@ def _compare(benchmark: BenchmarkFixture, providers: Sequence[Provider], floor: 
 
     def run_all() -> None:
         for provider in [*timed[1:], subject]:
-            seconds[provider.name].append(watch.seconds(provider.run))
+            seconds[provider.name].append(provider.seconds(watch))
             rates[provider.name].append(watch.rate)
 
     rounds = min(max(int(SECONDS_A_CASE / once), ROUNDS[0]), ROUNDS[1])

@@ -2,15 +2,17 @@
 
 While another guest of the host uses the core's second hyperthread, for seconds or minutes, AMX takes up to three times
 as long, everything else a tenth to a half longer. Such calls tell of the neighbour: every provider's alike, they are
-timed again for as long as patience lasts, and left out where enough others are there. The probe runs on one core: of a
-second thread's neighbours it knows nothing.
+timed again for as long as patience lasts, and left out where enough others are there. Calls of as many threads as there
+are processors are probed on each of them, other calls on the one that the first thread is on.
 """
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 
 import torch
 
@@ -27,9 +29,21 @@ def undisturbed(values: Sequence[float], rates: Sequence[float]) -> tuple[Sequen
     return kept if enough else values, enough
 
 
+def usable_cpus() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 @cache
-def _probe() -> Callable[[], float] | None:
-    """Measures how fast AMX is just now, in calls a second; none without it."""
+def _pinned() -> list[ThreadPoolExecutor]:
+    """A thread on each processor."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    return [ThreadPoolExecutor(1, initializer=partial(os.sched_setaffinity, 0, {cpu})) for cpu in usable_cpus()]
+
+
+@cache
+def _probe() -> Callable[[int], float] | None:
+    """Measures how fast AMX is just now, in calls a second, where so many threads run; none without it."""
     try:
         from safr_fast import _cpu
     except ImportError:
@@ -44,11 +58,15 @@ def _probe() -> Callable[[], float] | None:
         _cpu.matmul(medium, a.data_ptr(), b.data_ptr(), c.data_ptr(), side, side, side, repeats)
         return 1 / (time.perf_counter() - start)
 
+    def slowest(threads: int) -> float:
+        everywhere = _pinned() if 1 < threads >= len(usable_cpus()) else []
+        return min((thread.submit(rate).result() for thread in everywhere), default=0.0) or rate()
+
     end = time.monotonic() + WATCHED
     while time.monotonic() < end:
         Stopwatch.fastest = max(Stopwatch.fastest, rate())
         time.sleep(PAUSE)
-    return rate
+    return slowest
 
 
 class Stopwatch:
@@ -59,31 +77,31 @@ class Stopwatch:
 
     fastest = 0.0
 
-    def __init__(self, patience: float, probe: Callable[[], float] | None = None) -> None:
+    def __init__(self, patience: float, probe: Callable[[int], float] | None = None) -> None:
         self.patience = patience
         self.rate = math.inf
         self._probe = probe or _probe()
 
-    def seconds(self, call: Callable[[], object]) -> float:
+    def seconds(self, call: Callable[[], object], threads: int = 1) -> float:
         while True:
-            before = self._probed()
+            before = self._probed(threads)
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
-            self.rate = min(before, self._probed())
+            self.rate = min(before, self._probed(threads))
             if self.rate >= QUIET * Stopwatch.fastest or self.patience <= 0:
                 return seconds
             self.patience -= seconds + PAUSE
             time.sleep(PAUSE)
 
-    def median(self, call: Callable[[], object], count: int) -> float:
+    def median(self, call: Callable[[], object], count: int, threads: int = 1) -> float:
         """Of the undisturbed ones of ``count`` calls."""
-        timed = [(self.seconds(call), self.rate) for _ in range(count)]
+        timed = [(self.seconds(call, threads), self.rate) for _ in range(count)]
         return statistics.median(undisturbed(*zip(*timed, strict=True))[0])
 
-    def _probed(self) -> float:
+    def _probed(self, threads: int) -> float:
         if self._probe is None:
             return math.inf
-        rate = self._probe()
+        rate = self._probe(threads)
         Stopwatch.fastest = max(Stopwatch.fastest, rate)
         return rate

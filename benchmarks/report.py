@@ -151,7 +151,7 @@ def _neighbours(run: Run) -> str:
     times = sum(p["ms"] is not None for case in watched for p in case["providers"].values())
     marked = sum(len(case["disturbed"]) for case in watched)
     return (
-        " Calls while others slowed the first thread's processor are left out (`benchmarks/quiet.py`), where three"
+        " Calls while others slowed a processor that they used are left out (`benchmarks/quiet.py`), where three"
         f" rounds without are there: not so in {marked} of {times} times, marked \\*."
     )
 

@@ -83,27 +83,34 @@ void bind_row_energy(py::module_& m) {
                                   Address grad) {
     const Kernels& table = kernels();
     const py::gil_scoped_release release;
+    const TokenArray by_energy = token_array(grad_energy), by_norm = token_array(grad_squared_norm);
+    const auto gradients = [&](int64_t sample, int64_t position) -> RowGradient {
+      return {by_energy.at(sample, position), by_norm.at(sample, position)};
+    };
     row_energy_backward(table, a.precision, a.threads, a.hidden, pointer<const float>(energy),
-                        pointer<const float>(squared_norm), pointer<const float>(moments), slots,
-                        token_array(grad_energy), token_array(grad_squared_norm), pointer<void>(grad));
+                        pointer<const float>(squared_norm), pointer<const float>(moments), slots, gradients,
+                        pointer<void>(grad));
   });
 }
 
 void bind_importance(py::module_& m) {
-  m.def(
-      "importance",
-      [](int64_t places, Address energy, Address squared_norm, float eps) {
-        return importance(places, pointer<const float>(energy), pointer<const float>(squared_norm), eps);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "importance_gradients",
-      [](int64_t places, Address energy, Address squared_norm, float eps, float weight, Address grad_energy,
-         Address grad_squared_norm) {
-        importance_gradients(places, pointer<const float>(energy), pointer<const float>(squared_norm), eps, weight,
-                             pointer<float>(grad_energy), pointer<float>(grad_squared_norm));
-      },
-      py::call_guard<py::gil_scoped_release>());
+  m.def("importance", [](const HiddenArgument& a, Address energy, Address squared_norm, Address moments, int64_t slots,
+                         float eps, double scale, Address loss, Address factor) {
+    const Kernels& table = kernels();
+    const py::gil_scoped_release release;
+    const double sum = importance(table, a.precision, a.threads, a.hidden, pointer<float>(energy),
+                                  pointer<float>(squared_norm), slots ? pointer<float>(moments) : nullptr, slots, eps);
+    *pointer<float>(loss) = float(scale * sum);
+    *pointer<float>(factor) = float(scale);
+  });
+  m.def("importance_backward", [](const HiddenArgument& a, Address energy, Address squared_norm, Address moments,
+                                  int64_t slots, float eps, Address factor, Address grad_loss, Address grad) {
+    const Kernels& table = kernels();
+    const py::gil_scoped_release release;
+    importance_backward(table, a.precision, a.threads, a.hidden, pointer<const float>(energy),
+                        pointer<const float>(squared_norm), pointer<const float>(moments), slots, eps,
+                        *pointer<const float>(factor) * *pointer<const float>(grad_loss), pointer<void>(grad));
+  });
 }
 
 // (address, dtype, sample stride, head stride, token stride) of queries, keys or attention.

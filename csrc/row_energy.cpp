@@ -92,7 +92,7 @@ void row_energy(const Kernels& kernels, Precision precision, int threads, const 
 
 void row_energy_backward(const Kernels& kernels, Precision precision, int threads, const Hidden& hidden,
                          const float* energy, const float* squared_norm, const float* moments, int64_t slots,
-                         TokenArray grad_energy, TokenArray grad_squared_norm, void* grad) {
+                         const RowGradients& gradients, void* grad) {
   const Sequences sequences(hidden.layout);
   const std::vector<int64_t> slot = slots_of(hidden, sequences.all());
   const Product& product = product_for(kernels, hidden.h.dtype, precision);
@@ -121,13 +121,11 @@ void row_energy_backward(const Kernels& kernels, Precision precision, int thread
     for (float*& column : columns) column = workspace.take<float>(t.count);
     for (int64_t i = 0; i < t.count; ++i) {
       const int64_t position = sequence.position(i), place = sequence.sample * layout.tokens + position;
-      const auto gathered = [&](const TokenArray& a) {
-        return a.data[sequence.sample * a.sample_stride + position * a.token_stride];
-      };
+      const RowGradient gradient = gradients(sequence.sample, position);
       columns[0][i] = energy[place];
       columns[1][i] = squared_norm[place];
-      columns[2][i] = gathered(grad_energy);
-      columns[3][i] = gathered(grad_squared_norm);
+      columns[2][i] = gradient.energy;
+      columns[3][i] = gradient.squared_norm;
     }
 
     const Gradient gradient = {t.pass, row(sequence.sample, 0), hidden.h.dtype, t.width, sequence};

@@ -1,6 +1,8 @@
 // Primitive 1: R_i = Σ_{j≠i} (h_i · h_j)² and n2_i = h_i · h_i, forward and backward.
 #pragma once
 
+#include <functional>
+
 #include "kernels.hpp"
 #include "sequences.hpp"
 
@@ -19,6 +21,8 @@ struct Hidden {
 struct TokenArray {
   const float* data;
   int64_t sample_stride, token_stride;
+
+  float at(int64_t sample, int64_t token) const { return data[sample * sample_stride + token * token_stride]; }
 };
 
 // Writes energy and squared norm of every token, 0 where there is none. `moments`, unless null, receives hᵀh of each
@@ -26,9 +30,15 @@ struct TokenArray {
 void row_energy(const Kernels& kernels, Precision precision, int threads, const Hidden& hidden, float* energy,
                 float* squared_norm, float* moments, int64_t slots);
 
+// The loss's gradients by a token's energy and squared norm; called with the sample and the token's position in it.
+struct RowGradient {
+  float energy, squared_norm;
+};
+using RowGradients = std::function<RowGradient(int64_t sample, int64_t position)>;
+
 // Writes the gradient of every token, contiguous and in the dtype of h, from what the forward pass gave.
 void row_energy_backward(const Kernels& kernels, Precision precision, int threads, const Hidden& hidden,
                          const float* energy, const float* squared_norm, const float* moments, int64_t slots,
-                         TokenArray grad_energy, TokenArray grad_squared_norm, void* grad);
+                         const RowGradients& gradients, void* grad);
 
 }  // namespace safr

@@ -18,8 +18,7 @@ namespace safr {
 namespace {
 
 constexpr size_t kKept = 8 << 20;       // bytes a thread holds on to between calls
-constexpr size_t kSmallest = 1 << 18;   // bytes of a first chunk
-constexpr size_t kHugePage = 2 << 20, kHugeChunk = 16 << 20;
+constexpr size_t kHugePage = 2 << 20;
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -60,16 +59,14 @@ void* Workspace::take_bytes(size_t bytes) {
   // A chunk that cannot hold the request is passed over until it is given back.
   while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
   if (chunk_ == chunks_.size()) {
-    size_t size = bytes > kSmallest ? bytes : kSmallest;
-    const size_t alignment = size >= kHugeChunk ? kHugePage : 64;
-    size = (size + alignment - 1) / alignment * alignment;
-    char* data = static_cast<char*>(std::aligned_alloc(alignment, size));
-    if (!data) throw std::bad_alloc();
+    const size_t size = bytes > kHugePage ? bytes : kHugePage;
+    void* data = nullptr;
+    if (posix_memalign(&data, kHugePage, size) != 0) throw std::bad_alloc();
 #if defined(__linux__)
-    // A page fault costs as much as a thousand multiply-adds.
-    if (size >= kHugeChunk) madvise(data, size, MADV_HUGEPAGE);
+    // A page fault costs as much as a thousand multiply-adds, and packed panels fill more pages than a core remembers.
+    madvise(data, size, MADV_HUGEPAGE);
 #endif
-    chunks_.push_back({std::unique_ptr<char, Free>(data), size});
+    chunks_.push_back({std::unique_ptr<char, Free>(static_cast<char*>(data)), size});
   }
   void* start = chunks_[chunk_].data.get() + used_;
   used_ += bytes;

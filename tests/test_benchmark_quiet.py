@@ -13,14 +13,14 @@ def fastest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disturbed_call_is_timed_again_until_none_is() -> None:
     rates = iter([100, 40, 40, 100, 100, 90])  # before and after each try: the third is not disturbed
     calls: list[None] = []
-    watch = Stopwatch(patience=60, probe=lambda: next(rates))
+    watch = Stopwatch(patience=60, probe=lambda threads: next(rates))
     watch.seconds(lambda: calls.append(None))
     assert (len(calls), watch.rate, next(rates, None)) == (3, 90, None)
 
 
 def test_patience_ends() -> None:
     calls: list[None] = []
-    watch = Stopwatch(patience=0, probe=lambda: 40.0)
+    watch = Stopwatch(patience=0, probe=lambda threads: 40.0)
     watch.seconds(lambda: calls.append(None))
     assert (len(calls), watch.rate) == (1, 40)
 

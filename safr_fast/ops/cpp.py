@@ -125,20 +125,26 @@ def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *, forwar
     )
 
 
+def _outputs(h: Tensor, packed: bool, save_moments: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy and squared norm ``(B, T)`` or ``(N,)``, and moments ``(slots, E, E)``, to be written."""
+    E = h.shape[-1]
+    slots = moment_slots(h.shape, packed, h.dtype, matmul_precision("cpu")) if save_moments else 0
+    energy = torch.empty(h.shape[:-1], dtype=torch.float32)
+    return energy, torch.empty_like(energy), torch.empty(slots, E, E, dtype=torch.float32)
+
+
+def _addresses(energy: Tensor, squared_norm: Tensor, moments: Tensor) -> tuple[int, int, int, int]:
+    return energy.data_ptr(), squared_norm.data_ptr(), moments.data_ptr(), moments.shape[0]
+
+
 def row_energy(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    E = h.shape[-1]
     h = _inner_contiguous(h)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    precision = matmul_precision("cpu")
-    slots = moment_slots(h.shape, cu_seqlens is not None, h.dtype, precision) if save_moments else 0
-    energy = torch.empty(h.shape[:-1], dtype=torch.float32)  # (B, T) or (N,)
-    squared_norm = torch.empty_like(energy)
-    moments = torch.empty(slots, E, E, dtype=torch.float32)
-    hidden = _hidden(h, mask, cu_seqlens, forward_alone=not save_moments)
-    _cpu.row_energy(hidden, energy.data_ptr(), squared_norm.data_ptr(), moments.data_ptr(), slots)
-    return energy, squared_norm, moments
+    sums = _outputs(h, cu_seqlens is not None, save_moments)
+    _cpu.row_energy(_hidden(h, mask, cu_seqlens, forward_alone=not save_moments), *_addresses(*sums))
+    return sums
 
 
 def row_energy_backward(
@@ -157,10 +163,7 @@ def row_energy_backward(
     grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)  # (B, T, E) or (N, E)
     _cpu.row_energy_backward(
         _hidden(h, mask, cu_seqlens),
-        energy.data_ptr(),
-        squared_norm.data_ptr(),
-        moments.data_ptr(),
-        moments.shape[0],
+        *_addresses(energy, squared_norm, moments),
         _strided(grad_energy),
         _strided(grad_squared_norm),
         grad_h.data_ptr(),
@@ -179,12 +182,15 @@ def importance(
 ) -> tuple[Tensor, ...]:
     """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean, what the sum was multiplied by, and
     what :func:`row_energy` gives, followed by the moments' norms ``(slots,)``, which nothing here needs: zeros."""
-    energy, squared_norm, moments = row_energy(h, mask, cu_seqlens, save)
-    total = _cpu.importance(energy.numel(), energy.data_ptr(), squared_norm.data_ptr(), eps)
+    h = _inner_contiguous(h)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    sums = _outputs(h, cu_seqlens is not None, save)
     if mean:
         scale /= max(int(real_tokens(h, mask, cu_seqlens)), 1)
-    loss, factor = (torch.tensor(x, dtype=torch.float32) for x in (scale * total, scale))
-    return loss, factor, energy, squared_norm, moments, moments.new_zeros(moments.shape[0])
+    loss, factor = torch.empty((), dtype=torch.float32), torch.empty((), dtype=torch.float32)
+    hidden = _hidden(h, mask, cu_seqlens, forward_alone=not save)
+    _cpu.importance(hidden, *_addresses(*sums), eps, scale, loss.data_ptr(), factor.data_ptr())
+    return loss, factor, *sums, torch.zeros(sums[-1].shape[0], dtype=torch.float32)
 
 
 def importance_backward(
@@ -200,18 +206,19 @@ def importance_backward(
     eps: float,
 ) -> Tensor:
     """Gradient of ``h``, from that of the loss."""
-    energy, squared_norm = energy.contiguous(), squared_norm.contiguous()
-    grad_energy, grad_squared_norm = torch.empty_like(energy), torch.empty_like(energy)
-    _cpu.importance_gradients(
-        energy.numel(),
-        energy.data_ptr(),
-        squared_norm.data_ptr(),
+    h = _inner_contiguous(h)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    energy, squared_norm, moments = energy.contiguous(), squared_norm.contiguous(), moments.contiguous()
+    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)  # (B, T, E) or (N, E)
+    _cpu.importance_backward(
+        _hidden(h, mask, cu_seqlens),
+        *_addresses(energy, squared_norm, moments),
         eps,
-        factor.item() * grad_loss.item(),
-        grad_energy.data_ptr(),
-        grad_squared_norm.data_ptr(),
+        factor.data_ptr(),
+        grad_loss.data_ptr(),
+        grad_h.data_ptr(),
     )
-    return row_energy_backward(h, mask, cu_seqlens, energy, squared_norm, moments, grad_energy, grad_squared_norm)
+    return grad_h
 
 
 def _heads(x: Tensor, packed: bool = False) -> tuple[int, ...]:
