@@ -14,8 +14,8 @@ from torch import Tensor
 
 # Relative error of a gradient beyond which a provider is wrong rather than imprecise, and is not timed.
 WRONG = 5e-2
-SECONDS_A_CASE = 2.5
-SLOW = 1.5  # seconds of a round, from which on first calls count as one, so that the run ends in time
+SECONDS_A_CASE = 2.0
+SLOW = 1.0  # seconds of a round, from which on first calls count as one, so that the run ends in time
 PATIENCE = 1.0  # seconds that a case's disturbed calls may take again
 PATIENCE_ONCE = 10.0  # the same of a rate that the whole run is held against
 ROUNDS = 3, 25  # at least, at most
