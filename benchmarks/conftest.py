@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from comparison import usable_cpus
+from quiet import usable_cpus
 
 import safr_fast as sf
 

@@ -41,6 +41,11 @@ def _pinned() -> list[ThreadPoolExecutor]:
     return [ThreadPoolExecutor(1, initializer=partial(os.sched_setaffinity, 0, {cpu})) for cpu in usable_cpus()]
 
 
+def slowest(rate: Callable[[], float], pinned: Sequence[ThreadPoolExecutor]) -> float:
+    """``rate`` on each of the processors, or on this one where there are none."""
+    return min(thread.submit(rate).result() for thread in pinned) if pinned else rate()
+
+
 @cache
 def _probe() -> Callable[[int], float] | None:
     """Measures how fast AMX is just now, in calls a second, where so many threads run; none without it."""
@@ -58,15 +63,15 @@ def _probe() -> Callable[[int], float] | None:
         _cpu.matmul(medium, a.data_ptr(), b.data_ptr(), c.data_ptr(), side, side, side, repeats)
         return 1 / (time.perf_counter() - start)
 
-    def slowest(threads: int) -> float:
-        everywhere = _pinned() if 1 < threads >= len(usable_cpus()) else []
-        return min((thread.submit(rate).result() for thread in everywhere), default=0.0) or rate()
+    def where_threads_run(threads: int) -> float:
+        return slowest(rate, _pinned() if 1 < threads >= len(usable_cpus()) else [])
 
+    where_threads_run(len(usable_cpus()))  # starts the threads, and takes their memory, while nothing is measured
     end = time.monotonic() + WATCHED
     while time.monotonic() < end:
         Stopwatch.fastest = max(Stopwatch.fastest, rate())
         time.sleep(PAUSE)
-    return slowest
+    return where_threads_run
 
 
 class Stopwatch:

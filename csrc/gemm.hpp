@@ -85,14 +85,13 @@ class Operand {
   // All of it, from the matrix's first line and k.
   void pack(const View& matrix, int64_t line, int64_t lines) const { pack(matrix, line, {0, lines}, {0, k}); }
 
-  const void* panel(int64_t k0, int64_t index) const { return data_ + offset(k0, index); }
   // Packed depth of the block that starts at k0.
   int64_t padded(int64_t k0) const { return round_up(std::min(depth, k - k0), product.k_unit); }
 
   // Line `line`, a multiple of the tile's rows or columns, from k0 on.
   const void* at(int64_t k0, int64_t line) const {
     constexpr int64_t word = 4;
-    return static_cast<const char*>(panel(k0, line / width())) + line % width() * word;
+    return data_ + offset(k0, line / width()) + line % width() * word;
   }
   Side side() const { return side_; }
 

@@ -55,7 +55,8 @@ struct Product {
   // `nr`. Null where that cannot be.
   Tiles own_tiles;
   // Makes packed panels of one side, whole k_units of them, those of the same lines and k on the other: a matrix times
-  // its own transpose is then packed once, too. Null where own_tiles serve for that.
+  // its own transpose is then packed once, too. Panels are alike on both sides, and `out` is not among them. Null where
+  // own_tiles serve for that.
   void (*turn)(const void* panels, int64_t bytes, void* out);
 };
 

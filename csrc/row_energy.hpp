@@ -30,10 +30,11 @@ struct TokenArray {
 void row_energy(const Kernels& kernels, Precision precision, int threads, const Hidden& hidden, float* energy,
                 float* squared_norm, float* moments, int64_t slots);
 
-// The loss's gradients by a token's energy and squared norm; called with the sample and the token's position in it.
+// The loss's gradients by a token's energy and squared norm.
 struct RowGradient {
   float energy, squared_norm;
 };
+// The same of the token at a position of a sample.
 using RowGradients = std::function<RowGradient(int64_t sample, int64_t position)>;
 
 // Writes the gradient of every token, contiguous and in the dtype of h, from what the forward pass gave.

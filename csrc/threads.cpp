@@ -17,8 +17,9 @@
 namespace safr {
 namespace {
 
-constexpr size_t kKept = 8 << 20;       // bytes a thread holds on to between calls
-constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kKept = 8 << 20;      // bytes a thread holds on to between calls
+constexpr size_t kSmallest = 1 << 18;  // bytes of a chunk
+constexpr size_t kHugePage = 2 << 20, kHugeChunk = 16 << 20;
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -59,12 +60,15 @@ void* Workspace::take_bytes(size_t bytes) {
   // A chunk that cannot hold the request is passed over until it is given back.
   while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
   if (chunk_ == chunks_.size()) {
-    const size_t size = bytes > kHugePage ? bytes : kHugePage;
+    // A page fault costs as much as a thousand multiply-adds, and packed panels fill more small pages than a core
+    // remembers. In between, huge pages would be filled to less than their size.
+    const bool huge = chunks_.empty() || bytes >= kHugeChunk;
+    const size_t unit = huge ? kHugePage : 64, least = bytes > kSmallest ? bytes : kSmallest;
+    const size_t size = (least + unit - 1) / unit * unit;
     void* data = nullptr;
-    if (posix_memalign(&data, kHugePage, size) != 0) throw std::bad_alloc();
+    if (posix_memalign(&data, unit, size) != 0) throw std::bad_alloc();
 #if defined(__linux__)
-    // A page fault costs as much as a thousand multiply-adds, and packed panels fill more pages than a core remembers.
-    madvise(data, size, MADV_HUGEPAGE);
+    if (huge) madvise(data, size, MADV_HUGEPAGE);
 #endif
     chunks_.push_back({std::unique_ptr<char, Free>(static_cast<char*>(data)), size});
   }

@@ -1,7 +1,9 @@
 """Benchmarks leave out what a neighbour on the processor slows."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from quiet import Stopwatch, undisturbed
+from quiet import Stopwatch, slowest, undisturbed
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +18,26 @@ def test_a_disturbed_call_is_timed_again_until_none_is() -> None:
     watch = Stopwatch(patience=60, probe=lambda threads: next(rates))
     watch.seconds(lambda: calls.append(None))
     assert (len(calls), watch.rate, next(rates, None)) == (3, 90, None)
+
+
+def test_a_call_is_probed_where_its_threads_run() -> None:
+    asked: list[int] = []
+
+    def probe(threads: int) -> float:
+        asked.append(threads)
+        return 100.0
+
+    watch = Stopwatch(patience=0, probe=probe)
+    watch.seconds(lambda: None, threads=2)
+    watch.median(lambda: None, 1)
+    assert asked == [2, 2, 1, 1]
+
+
+def test_the_slowest_processor_counts() -> None:
+    rates = iter([90.0, 40.0, 70.0, 80.0])
+    pinned = [ThreadPoolExecutor(1) for _ in range(2)]
+    assert slowest(lambda: next(rates), pinned) == 40
+    assert slowest(lambda: next(rates), []) == 70
 
 
 def test_patience_ends() -> None:

@@ -36,6 +36,12 @@ def importance(h: Tensor, cu_seqlens: Tensor | None = None) -> list[Tensor]:
     return [energy.detach(), squared_norm.detach(), *torch.autograd.grad(loss, h)]
 
 
+def importance_loss(h: Tensor) -> list[Tensor]:
+    h = h.detach().requires_grad_()
+    loss = sf.importance_loss(h, impl="cpp")
+    return [loss.detach(), *torch.autograd.grad(loss, h)]
+
+
 def interaction(q: Tensor, k: Tensor, is_causal: bool = False) -> list[Tensor]:
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
     total = sf.interaction_loss_from_qk(q, k, is_causal=is_causal, reduction="none", impl="cpp")
@@ -113,6 +119,8 @@ THREAD_CASES: dict[str, Callable[[], list[Tensor]]] = {
     "one by tokens, nothing stored": lambda: importance(normal(1, 1100, 700)),
     "one by features": lambda: importance(normal(1, 1500, 80)),
     "one by features, in parts": lambda: importance(normal(1, 3500, 80)),
+    "loss of many sequences": lambda: importance_loss(normal(9, 40, 24)),
+    "loss of one by tokens": lambda: importance_loss(normal(1, 600, 350)),
     "many heads": lambda: interaction(normal(2, 3, 70, 16), normal(2, 3, 70, 16, seed=1)),
     "one head": lambda: interaction(normal(1, 1, 600, 16), normal(1, 1, 600, 16, seed=1), is_causal=True),
     "one head, packed on the way": lambda: interaction(normal(1, 1, 1500, 8), normal(1, 1, 1500, 8, seed=1)),

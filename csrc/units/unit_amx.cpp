@@ -254,6 +254,9 @@ constexpr Product amx_product = {
     kWidth, kWidth, kDepth, 2 * Parts, 2 * Parts, Parts == 1 ? 512 : 256, pack_left_tiles<Parts>,
     pack_right_tiles<Parts>, {kWidth, multiply_panels<Parts>, nullptr}, {0, nullptr, nullptr}, turn};
 
+static_assert(amx_product<3>.mr == amx_product<3>.nr && amx_product<3>.left_bytes == amx_product<3>.right_bytes,
+              "panels can be turned");
+
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];

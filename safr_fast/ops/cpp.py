@@ -209,6 +209,7 @@ def importance_backward(
     h = _inner_contiguous(h)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     energy, squared_norm, moments = energy.contiguous(), squared_norm.contiguous(), moments.contiguous()
+    grad_loss = grad_loss.float()
     grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)  # (B, T, E) or (N, E)
     _cpu.importance_backward(
         _hidden(h, mask, cu_seqlens),
