@@ -110,8 +110,8 @@ def test_row_energy_packs_each_operand_once(level: str, T: int) -> None:
     # Of h for G and M h, with M; for S_α (h and α h) and the products with S and S_α.
     assert T * E * 4 <= backward <= at_most(level, 2 * T * E + T * T if token else 3 * T * E + 2 * E * E)
     # Panels of G are turned once for each block of rows that meets them, those of S once in all, where tiles need it.
-    both = level.endswith("amx")
-    assert turned == (both * 6 * turns(T) * E,) * 2 if token else turned == (both * 6 * T * E, 0)
+    bytes_each = 6 if level.endswith("amx") else 0
+    assert turned == ((bytes_each * turns(T) * E,) * 2 if token else (bytes_each * T * E, 0))
 
 
 @every_level

@@ -8,6 +8,7 @@ import functools
 import math
 import multiprocessing
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -125,12 +126,44 @@ def _hidden(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *, forwar
     )
 
 
-def _outputs(h: Tensor, packed: bool, save_moments: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Energy and squared norm ``(B, T)`` or ``(N,)``, and moments ``(slots, E, E)``, to be written."""
+def _forward(
+    run: Callable[..., None],
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save_moments: bool,
+    *rest: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy and squared norm ``(B, T)`` or ``(N,)``, and moments ``(slots, E, E)``, as the extension's ``run`` writes
+    them."""
     E = h.shape[-1]
+    h = _inner_contiguous(h)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    packed = cu_seqlens is not None
     slots = moment_slots(h.shape, packed, h.dtype, matmul_precision("cpu")) if save_moments else 0
     energy = torch.empty(h.shape[:-1], dtype=torch.float32)
-    return energy, torch.empty_like(energy), torch.empty(slots, E, E, dtype=torch.float32)
+    sums = energy, torch.empty_like(energy), torch.empty(slots, E, E, dtype=torch.float32)
+    run(_hidden(h, mask, cu_seqlens, forward_alone=not save_moments), *_addresses(*sums), *rest)
+    return sums
+
+
+def _backward(
+    run: Callable[..., None],
+    h: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    energy: Tensor,
+    squared_norm: Tensor,
+    moments: Tensor,
+    *rest: float | tuple[int, ...],
+) -> Tensor:
+    """The gradient of ``h``, as the extension's ``run`` writes it."""
+    h = _inner_contiguous(h)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    energy, squared_norm, moments = energy.contiguous(), squared_norm.contiguous(), moments.contiguous()
+    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)  # (B, T, E) or (N, E)
+    run(_hidden(h, mask, cu_seqlens), *_addresses(energy, squared_norm, moments), *rest, grad_h.data_ptr())
+    return grad_h
 
 
 def _addresses(energy: Tensor, squared_norm: Tensor, moments: Tensor) -> tuple[int, int, int, int]:
@@ -140,11 +173,7 @@ def _addresses(energy: Tensor, squared_norm: Tensor, moments: Tensor) -> tuple[i
 def row_energy(
     h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, save_moments: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = _inner_contiguous(h)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    sums = _outputs(h, cu_seqlens is not None, save_moments)
-    _cpu.row_energy(_hidden(h, mask, cu_seqlens, forward_alone=not save_moments), *_addresses(*sums))
-    return sums
+    return _forward(_cpu.row_energy, h, mask, cu_seqlens, save_moments)
 
 
 def row_energy_backward(
@@ -157,18 +186,8 @@ def row_energy_backward(
     grad_energy: Tensor,
     grad_squared_norm: Tensor,
 ) -> Tensor:
-    h = _inner_contiguous(h)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    energy, squared_norm, moments = energy.contiguous(), squared_norm.contiguous(), moments.contiguous()
-    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)  # (B, T, E) or (N, E)
-    _cpu.row_energy_backward(
-        _hidden(h, mask, cu_seqlens),
-        *_addresses(energy, squared_norm, moments),
-        _strided(grad_energy),
-        _strided(grad_squared_norm),
-        grad_h.data_ptr(),
-    )
-    return grad_h
+    gradients = _strided(grad_energy), _strided(grad_squared_norm)
+    return _backward(_cpu.row_energy_backward, h, mask, cu_seqlens, energy, squared_norm, moments, *gradients)
 
 
 def importance(
@@ -182,15 +201,12 @@ def importance(
 ) -> tuple[Tensor, ...]:
     """``scale · Σ √R / (√n2 + ε)``, over the number of real tokens for the mean, what the sum was multiplied by, and
     what :func:`row_energy` gives, followed by the moments' norms ``(slots,)``, which nothing here needs: zeros."""
-    h = _inner_contiguous(h)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    sums = _outputs(h, cu_seqlens is not None, save)
     if mean:
         scale /= max(int(real_tokens(h, mask, cu_seqlens)), 1)
     loss, factor = torch.empty((), dtype=torch.float32), torch.empty((), dtype=torch.float32)
-    hidden = _hidden(h, mask, cu_seqlens, forward_alone=not save)
-    _cpu.importance(hidden, *_addresses(*sums), eps, scale, loss.data_ptr(), factor.data_ptr())
-    return loss, factor, *sums, torch.zeros(sums[-1].shape[0], dtype=torch.float32)
+    rest = eps, scale, loss.data_ptr(), factor.data_ptr()
+    energy, squared_norm, moments = _forward(_cpu.importance, h, mask, cu_seqlens, save, *rest)
+    return loss, factor, energy, squared_norm, moments, torch.zeros(moments.shape[0], dtype=torch.float32)
 
 
 def importance_backward(
@@ -205,21 +221,9 @@ def importance_backward(
     grad_loss: Tensor,
     eps: float,
 ) -> Tensor:
-    """Gradient of ``h``, from that of the loss."""
-    h = _inner_contiguous(h)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    energy, squared_norm, moments = energy.contiguous(), squared_norm.contiguous(), moments.contiguous()
     grad_loss = grad_loss.float()
-    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)  # (B, T, E) or (N, E)
-    _cpu.importance_backward(
-        _hidden(h, mask, cu_seqlens),
-        *_addresses(energy, squared_norm, moments),
-        eps,
-        factor.data_ptr(),
-        grad_loss.data_ptr(),
-        grad_h.data_ptr(),
-    )
-    return grad_h
+    rest = eps, factor.data_ptr(), grad_loss.data_ptr()
+    return _backward(_cpu.importance_backward, h, mask, cu_seqlens, energy, squared_norm, moments, *rest)
 
 
 def _heads(x: Tensor, packed: bool = False) -> tuple[int, ...]:
